@@ -1,7 +1,7 @@
 """Batches of write records and the running digest that ties them together.
 
-Byte by byte in ``docs/formats/hrl.md``. Pure: no file, clock or task. The tap encodes with this module, the
-journal reader, the wire and the process server decode with it, so a batch travels as the bytes it was captured in.
+Byte by byte in ``docs/formats/hrl.md``. Pure: no file, clock or task. The tap encodes with this module;
+the journal reader, wire and process server decode with it: a batch travels as the bytes it was captured in.
 """
 
 import struct

@@ -1,6 +1,6 @@
 """The messages of ``hrl/1``: what each frame's MessagePack part holds (``docs/formats/wire.md``).
 
-Structs travel as arrays: a field added at the end is ignored by an older reader and has its default for a newer one.
+Structs travel as arrays: a field added at the end is ignored by an older reader, defaulted by a newer one.
 Ids are 16 bytes, digests and hashes 32, times nanoseconds since 1970, LSNs and lengths plain integers.
 """
 
@@ -51,7 +51,7 @@ class Enrolled(Message, frozen=True):
 
 
 class VolumeHello(Message, frozen=True):
-    """A volume as the agent has it. ``state`` is one of DESIGN's volume states, ``capture_mode`` data or bitmap."""
+    """A volume as the agent has it; ``state`` and ``capture_mode`` as ``volume list`` prints them."""
 
     id: VolumeId
     name: str
@@ -188,7 +188,7 @@ COPY_ZEROS: Final = 2
 
 
 class Copy(Message, frozen=True):
-    """Agent: an extent of the disk, read when ``applied_lsn`` was applied. ``token`` is unique in the session."""
+    """Agent: an extent of the disk, read when ``applied_lsn`` was applied. ``token``: unique in a session."""
 
     token: int
     volume: VolumeId
@@ -199,8 +199,8 @@ class Copy(Message, frozen=True):
 class Accepted(Message, frozen=True):
     """Server: the blocks of a COPY are verified and will be durable before any commit that names its token.
 
-    ``missing`` are indexes of REFERENCE blocks that are not there after all: send them again as DATA, new token.
-    When it is not empty the token was dropped.
+    ``missing`` are indexes of REFERENCE blocks that are not there after all; when there are any the token was
+    dropped: send the extent again as DATA under a new one.
     """
 
     token: int
@@ -227,8 +227,8 @@ HAVE_SAME: Final = 2
 
 
 class Have(Message, frozen=True):
-    """Server: one byte per offered block: NEED, CHUNK (a REFERENCE will do), SAME (the vault's state of the volume
-    has exactly this block there: nothing to send)."""
+    """Server: one byte per offered block: NEED, CHUNK (a REFERENCE will do), SAME (nothing to send: the
+    vault's newest state of the volume has exactly this block there)."""
 
     token: int
     answers: bytes
@@ -237,7 +237,7 @@ class Have(Message, frozen=True):
 class CopyInCut(Message, frozen=True):
     """A COPY that this cut takes into the stream.
 
-    ``cut_outs``: (offset, length) pairs to leave out, because records in (applied LSN, previous cut] touch them.
+    ``cut_outs``: (offset, length) pairs left out because records in (applied LSN, previous cut] touch them.
     """
 
     token: int
@@ -264,7 +264,7 @@ class VolumeMark(Message, frozen=True):
 
 
 class Mark(Message, frozen=True):
-    """Agent: a cut over all volumes. Every record up to it was sent before, every token in it was ACCEPTED."""
+    """Agent: a cut over all volumes. Every record up to it was sent, every token in it was ACCEPTED."""
 
     cut_seq: int
     time_ns: int
