@@ -102,15 +102,17 @@ def _read_bounded(path: Path) -> bytes:
         raise _broken(str(path), "there is no such file", "create it or name another") from error
     except OSError as error:
         raise _broken(str(path), error.strerror or str(error), "check its path and permissions") from error
-    with open(descriptor, "rb", buffering=0) as file:
+    try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             raise _broken(str(path), f"it is {kind}", "name a TOML file")
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             text = file.read(CONFIG_BYTES_MAX + 1)
-        except OSError as error:
-            raise _broken(str(path), error.strerror or str(error), "check the disk") from error
+    except OSError as error:
+        raise _broken(str(path), error.strerror or str(error), "check the disk") from error
+    finally:
+        os.close(descriptor)
     if len(text) > CONFIG_BYTES_MAX:
         raise _broken(str(path), f"it is larger than {CONFIG_BYTES_MAX} bytes", "name a TOML file")
     return text

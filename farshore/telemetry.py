@@ -207,6 +207,7 @@ def serve_metrics(
 
 class _BoundedServer(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64  # the inherited 5 lets a burst of connections wait for a SYN to be sent again
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self._places = threading.BoundedSemaphore(REQUESTS_AT_ONCE)

@@ -1,0 +1,206 @@
+"""What all tests share: capabilities that are probed and never skipped in silence, and the result of a run.
+
+A test says what it needs from the host with ``@pytest.mark.needs("fio", "loop", "py:nbd")``. What is not
+there makes it *unavailable*: listed by name at the end, written to the result, failed with ``--require-all``.
+"""
+
+import functools
+import importlib
+import importlib.machinery
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Generator, Iterable, Sequence
+from fcntl import ioctl
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import hypothesis
+import pytest
+
+RESULT_ENVIRONMENT: Final = "FARSHORE_TEST_RESULT"  # written for farshore/cli/test.py
+_LOOP_CTL_GET_FREE: Final = 0x4C82  # linux/loop.h
+
+# Examples are the same in each run, so that a red run can be repeated; --nightly looks for new ones.
+hypothesis.settings.register_profile("every-run", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
+
+
+class _DebianModules:
+    """Finds libnbd's Python binding, which is only packaged by Debian, for the interpreter it was built for.
+
+    Not by a longer sys.path: that would let every other old module in that folder stand in for a missing one.
+    """
+
+    _FOLDER = "/usr/lib/python3/dist-packages"
+    _NAMES = frozenset({"libnbdmod", "nbd"})
+
+    @classmethod
+    def find_spec(
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return PathFinder.find_spec(fullname, [cls._FOLDER]) if fullname in cls._NAMES else None
+
+
+sys.meta_path.append(_DebianModules)
+
+
+def _has_loop() -> bool:
+    try:
+        with open("/dev/loop-control", "rb") as control:
+            number = ioctl(control, _LOOP_CTL_GET_FREE)
+        with open(f"/dev/loop{number}", "r+b", buffering=0):
+            return os.geteuid() == 0
+    except OSError:
+        return False
+
+
+def _has_fuse() -> bool:
+    try:
+        with open("/dev/fuse", "r+b", buffering=0):
+            return os.geteuid() == 0 or shutil.which("fusermount3") is not None
+    except OSError:
+        return False
+
+
+def _has_module(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+_PROBES: Final[dict[str, Callable[[], bool]]] = {
+    "fuse": _has_fuse,
+    "loop": _has_loop,
+    "root": lambda: os.geteuid() == 0,
+}
+
+
+@functools.cache
+def is_available(capability: str) -> bool:
+    """Tell whether this host has ``capability``: a probe above, ``py:MODULE``, or a program on the PATH."""
+    if probe := _PROBES.get(capability):
+        return probe()
+    if capability.startswith("py:"):
+        return _has_module(capability.removeprefix("py:"))
+    # An ordinary user's PATH lacks mkfs and losetup, which an ordinary user may well run on an image file.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    return shutil.which(capability, path=path) is not None
+
+
+class _Record:
+    """Counts tests, whatever number of reports each of them makes."""
+
+    def __init__(self, *, require_all: bool) -> None:
+        self.require_all = require_all
+        self.passed: set[str] = set()
+        self.failed: set[str] = set()
+        self.unavailable: dict[str, list[str]] = {}
+        self.needs: dict[str, list[str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.nodeid in self.needs:
+            self.unavailable[report.nodeid] = self.needs[report.nodeid]
+        if report.failed:
+            self.failed.add(report.nodeid)
+        elif report.when == "call" and not _is_skip(report):
+            self.passed.add(report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
+        elif report.skipped:
+            self.unavailable[report.nodeid] = [_skip_reason(report)]
+            if self.require_all:
+                self.failed.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.failed and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        target = os.environ.get(RESULT_ENVIRONMENT)
+        if not target:
+            return
+        result = {
+            "ran": len(self.passed | self.failed),
+            "failed": len(self.failed),
+            "unavailable": [
+                {"test": test, "needs": needs} for test, needs in sorted(self.unavailable.items())
+            ],
+        }
+        Path(target).write_text(json.dumps(result))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.unavailable:
+            return
+        terminalreporter.section("unavailable here")
+        for test, needs in sorted(self.unavailable.items()):
+            terminalreporter.line(f"{test} needs {', '.join(needs)}")
+
+
+def _is_skip(report: pytest.TestReport) -> bool:
+    return report.skipped and not hasattr(report, "wasxfail")  # an expected failure did run
+
+
+def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")
+
+
+_RECORD: Final = pytest.StashKey[_Record]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly")
+    parser.addoption("--require-all", action="store_true", help="fail the tests that cannot run here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("nightly" if config.getoption("--nightly") else "every-run")
+    config.stash[_RECORD] = _Record(require_all=config.getoption("--require-all"))
+    config.pluginmanager.register(config.stash[_RECORD], "farshore-record")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--nightly"):
+        return
+    long = [item for item in items if item.get_closest_marker("nightly")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+def _needs(item: pytest.Item) -> Iterable[str]:
+    return (name for marker in item.iter_markers("needs") for name in marker.args)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    missing = sorted({name for name in _needs(item) if not is_available(name)})
+    if missing:
+        item.config.stash[_RECORD].needs[item.nodeid] = missing
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    record = item.config.stash[_RECORD]
+    if _is_skip(report):
+        reason = _skip_reason(report)
+        record.needs.setdefault(item.nodeid, [reason])
+        if record.require_all:
+            report.outcome, report.longrepr = "failed", f"unavailable: {reason}"
+    return report
+
+
+@pytest.fixture
+def tmp_state(tmp_path: Path) -> Path:
+    """An empty state directory as a unit gets it: mode 0700, beside the test's own files."""
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    return state
