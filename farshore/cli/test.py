@@ -1,0 +1,95 @@
+"""``farshore test``: the tests of a checkout, with every test that could not run named."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+
+from farshore.errors import Failed, NotFound, UsageError
+
+RESULT_ENVIRONMENT: Final = "FARSHORE_TEST_RESULT"
+"""Where tests/conftest.py writes a `TestRun` as JSON when the run ends."""
+
+_CHECKOUT: Final = Path(__file__).resolve().parents[2]
+
+
+class Unavailable(msgspec.Struct, frozen=True):
+    """A test that did not run, and what it would have needed."""
+
+    test: str
+    needs: list[str]
+
+
+class TestRun(msgspec.Struct, frozen=True):
+    """What a run came to. A test with a failing setup, call or teardown is one failed test."""
+
+    __test__ = False  # pytest: not a class of tests
+
+    ran: int
+    failed: int
+    unavailable: list[Unavailable]
+
+
+@click.command("test", context_settings={"ignore_unknown_options": True})
+@click.option("--nightly", is_flag=True, help="Also run the long tests.")
+@click.option("--require-all", is_flag=True, help="A test that cannot run here is a failure (for CI).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; pytest writes to stderr.")
+@click.argument("pytest_args", nargs=-1, type=click.UNPROCESSED)
+def command(nightly: bool, require_all: bool, as_json: bool, pytest_args: tuple[str, ...]) -> int:
+    """Run the tests of this checkout; further arguments go to pytest (paths, -k, -x ...)."""
+    if not (_CHECKOUT / "tests" / "conftest.py").is_file():
+        raise NotFound(
+            "there are no tests here", where=str(_CHECKOUT), fix="run it in a checkout of the source"
+        )
+    flags = [flag for flag, on in (("--nightly", nightly), ("--require-all", require_all)) if on]
+    code, run = run_pytest([*flags, *pytest_args], quiet_stdout=as_json)
+    if as_json:
+        print(json.dumps(msgspec.to_builtins(run)))
+    else:
+        print(f"{run.ran - run.failed} passed, {run.failed} failed")
+        if run.unavailable:
+            needs = sorted({need for test in run.unavailable for need in test.needs})
+            print(f"{len(run.unavailable)} unavailable, named above, for want of: {', '.join(needs)}")
+    return 1 if run.failed else code
+
+
+def run_pytest(arguments: list[str], *, quiet_stdout: bool = False) -> tuple[int, TestRun]:
+    """Run pytest in a process of its own, in the checkout, and return our exit code and what it came to.
+
+    Args:
+        arguments: For pytest.
+        quiet_stdout: Send pytest's output to stderr.
+
+    Raises:
+        UsageError: pytest refused its arguments.
+        Failed: It ended without a result, or ran no test at all.
+        KeyboardInterrupt: It was interrupted.
+    """
+    with tempfile.TemporaryDirectory(prefix="farshore-test-") as folder:
+        result = Path(folder) / "result.json"
+        process = subprocess.run(
+            [sys.executable, "-m", "pytest", *arguments],
+            cwd=_CHECKOUT,
+            env={**os.environ, RESULT_ENVIRONMENT: str(result)},
+            stdout=sys.stderr if quiet_stdout else None,
+            check=False,
+        )
+        if process.returncode == 4:
+            raise UsageError("pytest refused its arguments", where=" ".join(arguments))
+        if process.returncode == 2:
+            raise KeyboardInterrupt
+        try:
+            run = msgspec.json.decode(result.read_bytes(), type=TestRun)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise Failed(
+                "the tests ended without a result", why=f"pytest ended with {process.returncode}"
+            ) from error
+    if not run.ran and not run.unavailable:
+        raise Failed("no test was run", where=" ".join(arguments), why="nothing matches")
+    return (0 if process.returncode in (0, 5) else 1), run
