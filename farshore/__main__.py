@@ -108,6 +108,9 @@ def main() -> int:
         _say("error: farshore needs Python 3.11 or newer, this is {}.{}".format(*sys.version_info[:2]))
         return 1
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if not __package__:
+        # Started as "python3 PATH/farshore": the path begins with the package's inside instead of its parent.
+        sys.path[0] = str(ROOT)
     if (ROOT / "pyproject.toml").is_file() and _must_move(verb):
         if os.environ.pop(_AGAIN, ""):
             _say(f"error: {VENV} lacks {', '.join(missing_modules(verb))} even after installing; remove it")
@@ -154,8 +157,8 @@ def _make_venv(venv: Path) -> None:
 
 def _pip_install(python: Path, lock: Path) -> None:
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-    # --no-deps: the lock names everything; hashes then cover every byte that is installed.
-    command += ["--no-deps", "--require-hashes", "-r", str(lock)]
+    # The lock names everything and nothing is built, which would fetch build tools that no hash covers.
+    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(lock)]
     installed = subprocess.run(command, stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
     if installed.returncode:
         raise EnvironmentFailed(f"pip ended with {installed.returncode}; its message is above")

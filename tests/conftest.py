@@ -21,7 +21,8 @@ from typing import Final
 import hypothesis
 import pytest
 
-RESULT_ENVIRONMENT: Final = "FARSHORE_TEST_RESULT"  # written for farshore/cli/test.py
+from farshore.cli.test import RESULT_ENVIRONMENT
+
 _LOOP_CTL_GET_FREE: Final = 0x4C82  # linux/loop.h
 
 # Examples are the same in each run, so that a red run can be repeated; --nightly looks for new ones.

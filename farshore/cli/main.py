@@ -102,9 +102,9 @@ def _translated(error: click.ClickException) -> FarshoreError:
     message = " ".join(error.format_message().split())
     if not isinstance(error, click.UsageError):
         return Failed(message)
-    return UsageError(
-        message.removesuffix("."), fix=f"see '{error.ctx.command_path} --help'" if error.ctx else ""
-    )
+    if message.endswith("?") or error.ctx is None:  # "Did you mean ...?" is the better advice
+        return UsageError(message)
+    return UsageError(message.removesuffix("."), fix=f"see '{error.ctx.command_path} --help'")
 
 
 def _report(error: Exception, *, as_json: bool) -> int:
