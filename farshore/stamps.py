@@ -23,6 +23,10 @@ _NOISE_BYTES: Final = 2016
 """About half of a block does not compress: near what file systems of programs and databases do."""
 _PLAIN: Final = bytes(BLOCK_BYTES - _HEAD.size - _NOISE_BYTES - _CHECK_BYTES)
 
+_GAMMA: Final = 0x9E3779B97F4A7C15
+_MULTIPLIERS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_MASK: Final = (1 << 64) - 1
+
 Seqs = npt.NDArray[np.uint64]
 
 
@@ -47,7 +51,11 @@ class Workload:
 
     def offset(self, seq: int) -> int:
         """Byte offset of one write."""
-        return int(self.blocks(seq, 1)[0]) * BLOCK_BYTES
+        # The arithmetic of _mix on plain integers: ten times faster than an array of one.
+        value = ((seq ^ self.seed) + _GAMMA) & _MASK
+        value = ((value ^ (value >> 30)) * _MULTIPLIERS[0]) & _MASK
+        value = ((value ^ (value >> 27)) * _MULTIPLIERS[1]) & _MASK
+        return (self.first_block + (value ^ (value >> 31)) % self.block_count) * BLOCK_BYTES
 
     def block(self, seq: int) -> bytes:
         """The 4,096 bytes of one write."""
@@ -70,9 +78,9 @@ class Workload:
 def _mix(values: Seqs) -> Seqs:
     """SplitMix64's finalizer (Steele, Lea and Flood 2014): consecutive numbers in, uniform numbers out."""
     with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        values = values + np.uint64(_GAMMA)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
         return values ^ (values >> np.uint64(31))
 
 

@@ -63,6 +63,11 @@ def test_blocks_that_must_be_untouched_are_asked_about() -> None:
     assert seen.damaged == (untouched,)
 
 
+def test_one_write_goes_where_the_array_of_all_writes_says() -> None:
+    offsets = [RUN.offset(seq) for seq in range(1, 500)]
+    assert offsets == [int(block) * BLOCK_BYTES for block in RUN.blocks(1, 499)]
+
+
 def _overwritten(count: int) -> set[int]:
     newest = {RUN.offset(seq): seq for seq in range(1, count + 1)}
     return set(range(1, count + 1)) - set(newest.values())
