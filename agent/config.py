@@ -1,7 +1,7 @@
 """``DIR/agent.toml``: who this machine is and where its process server listens.
 
-Written once by ``farshore agent enrol``, read once at each start. The other files of ``DIR`` have their places
-here too, so that no two modules spell one differently.
+Written once by ``farshore agent enrol``, read once at each start. The other files of ``DIR`` have their
+places here too, so that no two modules spell one differently.
 """
 
 import json

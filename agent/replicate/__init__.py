@@ -1,0 +1,1 @@
+"""The sender: journals become the stream, copiers fill the vault, cuts tie the two together."""
