@@ -97,8 +97,8 @@ def is_available(capability: str) -> bool:
 class _Record:
     """Counts tests, whatever number of reports each of them makes."""
 
-    def __init__(self, *, require_all: bool) -> None:
-        self.require_all = require_all
+    def __init__(self, *, require_all: bool, target: str) -> None:
+        self.require_all, self.target = require_all, target
         self.passed: set[str] = set()
         self.failed: set[str] = set()
         self.unavailable: dict[str, list[str]] = {}
@@ -123,8 +123,7 @@ class _Record:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.failed and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        target = os.environ.get(RESULT_ENVIRONMENT)
-        if not target:
+        if not self.target:
             return
         result = {
             "ran": len(self.passed | self.failed),
@@ -133,7 +132,7 @@ class _Record:
                 {"test": test, "needs": needs} for test, needs in sorted(self.unavailable.items())
             ],
         }
-        Path(target).write_text(json.dumps(result))
+        Path(self.target).write_text(json.dumps(result))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.unavailable:
@@ -162,7 +161,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("nightly" if config.getoption("--nightly") else "every-run")
-    config.stash[_RECORD] = _Record(require_all=config.getoption("--require-all"))
+    # Taken out of the environment: a pytest that a test starts must not write its result over ours.
+    target = os.environ.pop(RESULT_ENVIRONMENT, "")
+    config.stash[_RECORD] = _Record(require_all=config.getoption("--require-all"), target=target)
     config.pluginmanager.register(config.stash[_RECORD], "farshore-record")
 
 

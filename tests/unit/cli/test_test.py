@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 SAMPLE = """
-import pytest
+import os, pytest
 
-def test_good(): pass
+def test_good(): assert "FARSHORE_TEST_RESULT" not in os.environ
 
 def test_bad(): assert False
 
