@@ -1,6 +1,6 @@
 """Named places in the code where a test can make the process die or fail.
 
-``failpoint("journal.after_append")`` does nothing, in about 50 ns, unless the environment asks for it::
+``failpoint("journal.after_append")`` does nothing, in about 25 ns, unless the environment asks for it::
 
     FARSHORE_FAILPOINTS="journal.after_append=kill:3,pack.before_put=raise"
 
