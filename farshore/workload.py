@@ -1,7 +1,7 @@
 """A process that writes stamped blocks to an NBD export and keeps the ledger outside it.
 
 Run as ``python -m farshore.workload``. One connection, writes in the order of their numbers, so the order in
-which the export logs them is that order; no two writes in flight touch the same block, so sending the unanswered
+which the export logs them is that order; no two writes in flight touch the same block, so sending unanswered
 ones again after a lost connection changes nothing. It reconnects for as long as it runs.
 """
 
