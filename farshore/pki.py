@@ -309,6 +309,13 @@ def peer_identity(certificate_der: bytes, vault_id: bytes, role: Literal["server
     )
 
 
+def machine_of_certificate(certificate_der: bytes, vault_id: bytes) -> bytes:
+    """Return the machine id in an agent's certificate. Raises AuthError as `peer_identity`."""
+    machine_id = peer_identity(certificate_der, vault_id, "machine").machine_id
+    assert machine_id is not None
+    return machine_id
+
+
 def validity(certificate: bytes) -> tuple[datetime, datetime]:
     """Return from when until when a PEM certificate is valid.
 
@@ -483,7 +490,10 @@ def client_context(
         try:
             peer_identity(peer.getpeercert(binary_form=True) or b"", vault_id, "server")
         except AuthError as error:
-            raise ssl.SSLCertVerificationError(f"not a process server of this vault: {error.why}") from error
+            refused = ssl.SSLCertVerificationError(f"not a process server of this vault: {error.why}")
+            # As OpenSSL's own refusals have them; 50 is X509_V_ERR_APPLICATION_VERIFICATION.
+            refused.verify_code, refused.verify_message = 50, error.why
+            raise refused from error
 
     class CheckedObject(ssl.SSLObject):
         def do_handshake(self) -> None:

@@ -95,6 +95,7 @@ def test_an_agent_is_known_by_its_certificate(authority: pki.Authority) -> None:
     pair = agent(authority)
     peer = pki.peer_identity(pki.pem_to_der(pair.certificate), VAULT, "machine")
     assert (peer.vault_id, peer.machine_id) == (VAULT, MACHINE)
+    assert pki.machine_of_certificate(pki.pem_to_der(pair.certificate), VAULT) == MACHINE
     assert peer.public_key == pki.public_key_of(pki.key_from_pem(pair.key))
     assert peer.not_after - datetime.fromtimestamp(NOW / 1e9, UTC) <= timedelta(hours=24)
     assert pki.is_issued_by(pair.certificate, authority.certificate)
