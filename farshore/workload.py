@@ -6,43 +6,35 @@ ones again after a lost connection changes nothing. It reconnects for as long as
 """
 
 import argparse
-import contextlib
+import asyncio
 import mmap
 import os
-import select
 import signal
-import socket
 import struct
 import sys
 import time
-import urllib.parse
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from farshore.stamps import BLOCK_BYTES, Workload
+import uvloop
+
+from farshore.errors import NotFound, Unreachable
+from farshore.nbd.client import NbdClient, connect, parse_uri
+from farshore.nbd.codec import RequestError
+from farshore.stamps import Workload
 
 _HEAD: Final = struct.Struct("<8sQQQQQQ")
 _MAGIC: Final = b"FARLEDGR"
 _TIMES_AT: Final = 4096
-
-_OPTION_MAGIC: Final = 0x49484156454F5054
-_REQUEST_MAGIC: Final = 0x25609513
-_REPLY_MAGIC: Final = 0x67446698
-_REQUEST: Final = struct.Struct(">IHHQQI")
-_REPLY: Final = struct.Struct(">IIQ")
-_WRITE: Final = 1
-_DISC: Final = 2
-_FLUSH: Final = 3
-_FLUSH_COOKIE: Final = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerState:
     """What the writer knows: ``sent`` ≥ ``acked`` ≥ ``flushed``, each the highest number of its kind.
 
-    ``errors`` counts writes and flushes that were answered with an error, ``reconnects`` lost connections.
+    ``errors`` counts connections given up because a request was answered with an error, ``reconnects``
+    attempts that found nobody or lost the connection.
     """
 
     sent: int
@@ -96,142 +88,91 @@ class Ledger:
         os.close(self._fd)
 
 
-def connect(uri: str) -> socket.socket:
-    """Open ``nbd+unix:///EXPORT?socket=PATH`` and finish the handshake.
-
-    Raises:
-        OSError: Nobody listens, or it does not speak fixed newstyle with this export.
-    """
-    parts = urllib.parse.urlsplit(uri)
-    path = urllib.parse.parse_qs(parts.query)["socket"][0]
-    name = urllib.parse.unquote(parts.path.removeprefix("/")).encode()
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.settimeout(10)
-        sock.connect(path)
-        greeting = _receive(sock, 18)
-        if greeting[:16] != b"NBDMAGICIHAVEOPT":
-            raise OSError("not an NBD server")
-        # Fixed newstyle, no zeroes; NBD_OPT_EXPORT_NAME ends the negotiation with size and flags.
-        sock.sendall(struct.pack(">IQII", 3, _OPTION_MAGIC, 1, len(name)) + name)
-        _receive(sock, 10)
-    except BaseException:
-        sock.close()
-        raise
-    sock.settimeout(None)
-    return sock
-
-
-def _receive(sock: socket.socket, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        part = sock.recv(length - len(data))
-        if not part:
-            raise ConnectionResetError("closed during the handshake")
-        data += part
-    return data
-
-
 class Writer:
     """Sends numbered writes at a rate, a few in flight, until stopped."""
 
     def __init__(
-        self, uri: str, workload: Workload, ledger: Ledger, rate: float, depth: int, flush_s: float
+        self, uri: str, workload: Workload, ledger: Ledger, *, rate: float, depth: int, flush_s: float
     ) -> None:
-        self._uri, self._workload, self._ledger = uri, workload, ledger
+        self._address, self._export = parse_uri(uri)
+        self._workload, self._ledger = workload, ledger
         self._rate, self._depth, self._flush_s = rate, depth, flush_s
         self._sent = self._acked = self._flushed = self._errors = self._reconnects = 0
-        self._in_flight: deque[tuple[int, int]] = deque()
+        self._in_flight: dict[int, int] = {}
+        """Offset of each write that was sent and not answered, in the order of the numbers."""
         self._answered: set[int] = set()
-        self._flushing: int | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.stopping = False
 
-    def run(self, seconds: float) -> None:
-        """Write for ``seconds`` (0: until ``stopping``), then wait for every answer and flush once more."""
+    async def run(self, seconds: float) -> None:
+        """Write for ``seconds`` (0: until ``stopping``), wait for every answer, and flush."""
         end = time.monotonic() + seconds if seconds else float("inf")
-        while not self._finished(end):
+        while True:
             try:
-                sock = connect(self._uri)
-            except OSError:
-                time.sleep(0.05)
-                continue
-            try:
-                self._stream(sock, end)
-            except OSError:
+                async with connect(self._address, self._export) as client:
+                    await self._stream(client, end)
+                    return
+            except* RequestError:
+                self._errors += 1
+            except* (Unreachable, NotFound):
                 self._reconnects += 1
-            finally:
-                sock.close()
-        self._record()
-
-    def _finished(self, end: float) -> bool:
-        over = self.stopping or time.monotonic() >= end
-        return over and self._acked == self._sent and self._flushed == self._acked
-
-    def _stream(self, sock: socket.socket, end: float) -> None:
-        self._flushing = None
-        again = b"".join(self._request(seq) for seq, _ in self._in_flight if seq not in self._answered)
-        sock.sendall(again)
-        started, base = time.monotonic(), self._sent
-        flush_at = started + self._flush_s
-        unread = b""
-        while not self._finished(end):
-            now = time.monotonic()
-            over = self.stopping or now >= end
-            due = 0 if over else int(base + (now - started) * self._rate) - self._sent
-            sock.sendall(self._next_writes(max(0, due)))
-            if self._flushing is None and (now >= flush_at or (over and self._acked == self._sent)):
-                sock.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, _FLUSH, _FLUSH_COOKIE, 0, 0))
-                self._flushing = self._acked
-                flush_at = now + self._flush_s
             self._record()
-            if select.select([sock], [], [], 0.001)[0]:
-                part = sock.recv(1 << 16)
-                if not part:
-                    raise ConnectionResetError("the export went away")
-                unread = self._take_replies(unread + part)
-        with contextlib.suppress(OSError):
-            sock.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, _DISC, 0, 0, 0))
+            await asyncio.sleep(0.05)
 
-    def _next_writes(self, due: int) -> bytes:
-        requests = []
-        busy = {offset for _, offset in self._in_flight}
-        while due > 0 and len(self._in_flight) < self._depth:
-            seq = self._sent + 1
-            offset = self._workload.offset(seq)
+    async def _stream(self, client: NbdClient, end: float) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for seq in list(self._in_flight):
+                tasks.create_task(self._write(client, seq))
+            flusher = tasks.create_task(self._flush_now_and_then(client))
+            started, base = time.monotonic(), self._sent
+            while not self.stopping and (now := time.monotonic()) < end:
+                for seq in self._next(int(base + (now - started) * self._rate) - self._sent):
+                    tasks.create_task(self._write(client, seq))
+                self._record()
+                await asyncio.sleep(0.001)
+            await self._idle.wait()
+            flusher.cancel()
+        await self._flush(client)
+
+    def _next(self, due: int) -> list[int]:
+        """Number the writes that are due, as far as depth and blocks in flight allow."""
+        seqs: list[int] = []
+        busy = set(self._in_flight.values())
+        while due > len(seqs) and len(self._in_flight) < self._depth:
+            offset = self._workload.offset(self._sent + 1)
             if offset in busy:
                 break
+            self._sent += 1
             busy.add(offset)
-            self._in_flight.append((seq, offset))
-            self._sent = seq
-            requests.append(self._request(seq))
-            due -= 1
-        return b"".join(requests)
+            self._in_flight[self._sent] = offset
+            seqs.append(self._sent)
+            self._idle.clear()
+        return seqs
 
-    def _request(self, seq: int) -> bytes:
-        offset = self._workload.offset(seq)
-        head = _REQUEST.pack(_REQUEST_MAGIC, 0, _WRITE, seq, offset, BLOCK_BYTES)
-        return head + self._workload.block(seq)
-
-    def _take_replies(self, unread: bytes) -> bytes:
-        whole = len(unread) - len(unread) % _REPLY.size
-        for magic, error, cookie in _REPLY.iter_unpack(unread[:whole]):
-            if magic != _REPLY_MAGIC:
-                raise ConnectionResetError("not a simple reply")
-            if error:
-                self._errors += 1
-                raise ConnectionResetError(f"answered with error {error}")
-            if cookie == _FLUSH_COOKIE:
-                assert self._flushing is not None
-                self._flushed, self._flushing = max(self._flushed, self._flushing), None
-            else:
-                self._answered.add(cookie)
+    async def _write(self, client: NbdClient, seq: int) -> None:
+        await client.write(self._in_flight[seq], self._workload.block(seq))
+        self._answered.add(seq)
+        del self._in_flight[seq]
         first = self._acked + 1
-        while self._in_flight and self._in_flight[0][0] in self._answered:
-            self._acked = self._in_flight.popleft()[0]
+        while self._acked + 1 in self._answered:
+            self._acked += 1
             self._answered.discard(self._acked)
+        if not self._in_flight:
+            self._idle.set()
         if self._acked >= first:
             self._ledger.record_acks(first, self._acked - first + 1, time.time_ns())
-        return unread[whole:]
+
+    async def _flush_now_and_then(self, client: NbdClient) -> None:
+        while True:
+            await asyncio.sleep(self._flush_s)
+            await self._flush(client)
+
+    async def _flush(self, client: NbdClient) -> None:
+        acked = self._acked
+        await client.flush()
+        self._flushed = max(self._flushed, acked)
+        self._record()
 
     def _record(self) -> None:
         state = LedgerState(self._sent, self._acked, self._flushed, self._errors, self._reconnects)
@@ -253,14 +194,16 @@ def main() -> int:
     options = parser.parse_args()
     workload = Workload(options.seed, options.first_block, options.block_count)
     ledger = Ledger(options.ledger, workload)
-    writer = Writer(options.uri, workload, ledger, options.rate, options.depth, options.flush_seconds)
+    writer = Writer(
+        options.uri, workload, ledger, rate=options.rate, depth=options.depth, flush_s=options.flush_seconds
+    )
 
     def stop(signum: int, frame: object) -> None:
         writer.stopping = True
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    writer.run(options.seconds)
+    uvloop.run(writer.run(options.seconds))
     ledger.close()
     return 0
 

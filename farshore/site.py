@@ -1,9 +1,14 @@
-"""A gateway and protected servers as a user runs them: through the command line, each its own process."""
+"""A gateway and protected servers as a user runs them: through the command line, each its own process.
+
+The demo, the benchmarks and the end-to-end tests drive Farshore through this: what they show is what a
+user gets; nothing here reaches into agent or process server.
+"""
 
 import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,21 +18,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
+from farshore.errors import Failed
+
 READY_S: Final = 60
 STOP_S: Final = 60
-
-
-class Failure(AssertionError):
-    """A command ended otherwise than expected; carries what it printed."""
+COMMAND_S: Final = 300
 
 
 def run(
-    *arguments: str | Path, code: int = 0, timeout: float = 300, env: dict[str, str] | None = None
+    *arguments: str | Path, code: int = 0, timeout: float = COMMAND_S, env: dict[str, str] | None = None
 ) -> str:
     """Run one ``farshore`` command and return its stdout.
 
     Raises:
-        Failure: It ended with another code than ``code``.
+        Failed: It ended with another code than ``code``; carries what it printed last.
     """
     done = subprocess.run(
         [sys.executable, "-m", "farshore", *map(str, arguments)],
@@ -40,8 +44,8 @@ def run(
     )
     if done.returncode != code:
         command = " ".join(map(str, arguments))
-        raise Failure(
-            f"farshore {command}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        raise Failed(
+            f"farshore {command} ended with {done.returncode}", why=done.stderr[-2000:] or done.stdout[-500:]
         )
     return done.stdout
 
@@ -84,7 +88,7 @@ class Daemon:
                 assert isinstance(line, dict)
                 return line
         self.kill()
-        raise Failure(f"not ready (exit {self.process.poll()}):\n{self.log.read_text()[-4000:]}")
+        raise Failed("not ready", where=str(self.log), why=self.log.read_text()[-2000:])
 
     def kill(self) -> None:
         """SIGKILL for the whole session: workers and helpers too."""
@@ -122,12 +126,18 @@ def session_pids(leader: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], timeout: float, what: str) -> None:
-    """Poll until ``condition`` holds; raises Failure naming ``what`` after ``timeout`` seconds."""
+    """Poll until ``condition`` holds; raises Failed naming ``what`` after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise Failure(f"not within {timeout:g} s: {what}")
-        time.sleep(0.1)
+            raise Failed(f"waited {timeout:g} s for {what}")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 class Site:
@@ -152,10 +162,11 @@ class Site:
     def json(self, *arguments: str | Path) -> Any:
         return json.loads(self.cli(*arguments, "--json"))
 
-    def init(self, listen: str = "127.0.0.1:0") -> None:
+    def init(self) -> None:
+        """Make server and vault; the ports stay the same over restarts, as agents expect."""
         self.cli(
-            *("server", "init", self.server_dir, "--vault", self.vault, "--listen", listen),
-            *("--api", "127.0.0.1:0", "--recovery-key-file", self.key),
+            *("server", "init", self.server_dir, "--vault", self.vault, "--recovery-key-file", self.key),
+            *("--listen", f"127.0.0.1:{free_port()}", "--api", f"127.0.0.1:{free_port()}"),
         )
 
     def start_server(self, env: dict[str, str] | None = None) -> Daemon:
