@@ -1,0 +1,1 @@
+"""The control plane: what operators ask of a process server, over HTTPS."""
