@@ -42,6 +42,9 @@ ROWS_MAX: Final = SECTION_BYTES_MAX // 48
 Rows: TypeAlias = npt.NDArray[np.void]
 """An array of `ROW_DTYPE`."""
 
+CommitKind: TypeAlias = Literal["data", "fence"]
+Consistency: TypeAlias = Literal["crash", "app", "final", "fuzzy"]
+
 NO_ROWS: Final[Rows] = np.empty(0, ROW_DTYPE)
 
 _Id = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
@@ -98,7 +101,7 @@ class CommitHead(msgspec.Struct, frozen=True, kw_only=True):
     machine: _Id
     machine_name: _Name
     seq: Annotated[int, msgspec.Meta(ge=1, le=SEQ_MAX)]
-    kind: Literal["data", "fence"]
+    kind: CommitKind
     previous: _Digest
     epoch: Annotated[int, msgspec.Meta(ge=1, le=SEQ_MAX)]
     timeline: Timeline
@@ -108,7 +111,7 @@ class CommitHead(msgspec.Struct, frozen=True, kw_only=True):
     idle_since_ns: _Number | None = None
     cut_seq: _Number | None = None
     tag: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
-    consistency: Literal["crash", "app", "final", "fuzzy"] = "fuzzy"
+    consistency: Consistency = "fuzzy"
     generation: _Number = 0
     volumes: tuple[CommitVolume, ...] = ()
     packs: tuple[CommitPack, ...] = ()

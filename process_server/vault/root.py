@@ -16,7 +16,7 @@ _TAG_BYTES: Final = 32
 
 _Id = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
 _Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Root(msgspec.Struct, frozen=True, kw_only=True):
