@@ -45,7 +45,7 @@ class DedupIndex:
     """Chunk id to location, and which machine has sent what. One thread at a time.
 
     Measured with a million entries of one machine, on one core: 40 to 60 bytes each, the machine's share (a
-    quarter) included; to look up 16 ids takes 25 µs, 44 µs when none is there, 4,096 ids 0.4 µs each; to add a
+    quarter) included; to look up 16 ids takes 25 µs, 44 when none is there, 4,096 ids 0.4 µs each; to add a
     pack 3.6 µs per chunk. Growing by half stops everything for 0.3 s per million entries.
 
     Args:
@@ -299,7 +299,7 @@ class _Table:
 
 
 def _keys(ids: Sequence[bytes]) -> _U64:
-    """Return the first 16 bytes of each id as two numbers, (n, 2); the first is never 0: that is a free slot."""
+    """Return the first 16 bytes of each id as two numbers, (n, 2); the first never 0: a free slot."""
     keys = np.frombuffer(b"".join(ids), np.uint64).reshape(len(ids), 4)[:, :2].copy()
     keys[keys[:, 0] == 0, 0] = 1
     return keys
