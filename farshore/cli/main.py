@@ -29,7 +29,7 @@ class Verb(NamedTuple):
 # A verb's module is imported only when the verb is used: TAB completion and --help start in a tenth of a
 # second whatever the roles import. A new verb is one line here.
 VERBS: Final[dict[str, Verb]] = {
-    "demo": Verb("farshore.cli.demo:command", "Lose everything but the vault, and get it back: a demonstration."),
+    "demo": Verb("farshore.cli.demo:command", "Lose everything but the vault, and get it back."),
     "test": Verb("farshore.cli.test:command", "Run the tests of this checkout."),
 }
 
