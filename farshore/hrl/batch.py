@@ -174,7 +174,7 @@ def decode_batch(buffer: memoryview, at: int, chain: RunningDigest, next_lsn: in
         or payload_bytes > BATCH_PAYLOAD_BYTES_MAX
     ):
         raise CorruptRecord(at, f"{count} records, {table_bytes} + {payload_bytes} bytes claimed")
-    if flags & ~(SEAL | CLEAN) or (count == 0) != bool(flags & SEAL):
+    if flags not in (0, SEAL, SEAL | CLEAN) or (count == 0) != bool(flags & SEAL):
         raise CorruptRecord(at, f"flags {flags} with {count} records")
     if first_lsn != next_lsn:
         raise CorruptRecord(at, f"LSN {first_lsn} where {next_lsn} is due")
