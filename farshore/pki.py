@@ -14,6 +14,7 @@ import base64
 import contextlib
 import os
 import re
+import secrets
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ ADDRESSES_MAX: Final = 16
 
 _TOKEN_PREFIX: Final = "fst1."
 _CHECK_BYTES: Final = 4
+_SERIAL_RANDOM_BYTES: Final = 14
 _URI: Final = re.compile(r"farshore:([0-9a-f]{32})(?::machine:([0-9a-f]{32}))?")
 
 
@@ -175,6 +177,7 @@ class Authority:
         not_before: datetime,
         not_after: datetime,
     ) -> bytes:
+        not_after = min(not_after, self._certificate.not_valid_after_utc)
         digital_signature = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
         issuer = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         certificate = (
@@ -182,9 +185,9 @@ class Authority:
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
             .issuer_name(self._certificate.subject)
             .public_key(key)
-            .serial_number(x509.random_serial_number())
+            .serial_number(_new_serial(not_after))
             .not_valid_before(not_before)
-            .not_valid_after(min(not_after, self._certificate.not_valid_after_utc))
+            .not_valid_after(not_after)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(digital_signature, critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -196,6 +199,17 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _new_serial(not_after: datetime) -> int:
+    # Who keeps a serial number on record knows with it until when the certificate is valid.
+    seconds = int(not_after.timestamp())
+    return int.from_bytes(seconds.to_bytes(5, "big") + secrets.token_bytes(_SERIAL_RANDOM_BYTES), "big")
+
+
+def expiry_of_serial(serial: int) -> datetime:
+    """Return until when the certificate with this serial number, made by `Authority`, is valid."""
+    return datetime.fromtimestamp((serial >> 8 * _SERIAL_RANDOM_BYTES) & (2**36 - 1), UTC)
 
 
 def server_uri(vault_id: bytes) -> str:
@@ -327,6 +341,14 @@ def validity(certificate: bytes) -> tuple[datetime, datetime]:
     except ValueError as error:
         raise ConfigError("cannot read the certificate", why="not a PEM certificate") from error
     return loaded.not_valid_before_utc, loaded.not_valid_after_utc
+
+
+def serial_of(certificate: bytes) -> int:
+    """Return a PEM certificate's serial number. Raises ConfigError as `validity`."""
+    try:
+        return x509.load_pem_x509_certificate(certificate).serial_number
+    except ValueError as error:
+        raise ConfigError("cannot read the certificate", why="not a PEM certificate") from error
 
 
 def is_issued_by(certificate: bytes, ca: bytes) -> bool:

@@ -98,6 +98,7 @@ def test_an_agent_is_known_by_its_certificate(authority: pki.Authority) -> None:
     assert pki.machine_of_certificate(pki.pem_to_der(pair.certificate), VAULT) == MACHINE
     assert peer.public_key == pki.public_key_of(pki.key_from_pem(pair.key))
     assert peer.not_after - datetime.fromtimestamp(NOW / 1e9, UTC) <= timedelta(hours=24)
+    assert pki.expiry_of_serial(peer.serial) == peer.not_after
     assert pki.is_issued_by(pair.certificate, authority.certificate)
 
 
