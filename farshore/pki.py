@@ -434,6 +434,8 @@ def decode_token(text: str) -> Token:
     try:
         raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
         body, check = raw[:-_CHECK_BYTES], raw[-_CHECK_BYTES:]
+        if base64.urlsafe_b64encode(raw).rstrip(b"=").decode() != encoded:
+            raise ValueError("the last digit has bits that belong to no byte")
         if blake3(body).digest(_CHECK_BYTES) != check:
             raise ValueError("checksum")
         token = _token_decoder.decode(body)
