@@ -1,7 +1,7 @@
 """What the main process and its ingest workers say to each other over their socketpair.
 
 One message = ``meta length, raw length`` (u32 each), a MessagePack array, raw bytes. Both ends are ours and
-of the same version, so nothing here is negotiated; what an agent sent never arrives here before it was decoded
+of the same version, so nothing is negotiated; what an agent sent never arrives here before it was decoded
 within bounds, and stays bytes (``Frame.meta``) or columns of numbers.
 """
 

@@ -81,6 +81,8 @@ class WorkerPool:
                 worker.channel.send(ipc.Stop())
             for worker in self.workers:
                 await asyncio.shield(asyncio.to_thread(_reap, worker.process))
+                worker.sockets.close()
+                worker.channel.close()
 
     def hand_over(self, accepted: socket.socket) -> tuple[WorkerProcess, int] | None:
         """Give a connection to the least loaded worker; the caller closes its own copy.

@@ -1,16 +1,20 @@
-"""What the vault's newest state of a volume has in each aligned block, for the answer SAME. Pure.
+"""What the vault's newest state of a volume has in each aligned block, for the answer SAME.
 
 One id per block: comparing an OFFER is then one comparison of columns. A block that is not one whole chunk
 (small writes lie over it) has no id and is never SAME; the agent sends it, which is right and only costs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from process_server.vault.commit import ZEROS, Rows
+from process_server.vault.keys import VaultKeys
+from process_server.vault.map import PackRef, newest_map, read_change
+from process_server.vault.pack import PackReader
+from process_server.vault.store import Store
 
 UNKNOWN: Final = b"\xff" * 32
 """No chunk id: those are BLAKE3 outputs, and this one is not among them but for one chance in 2**256."""
@@ -92,3 +96,59 @@ class BlockTable:
             if start % self.block_bytes == 0 and last <= len(self._ids):
                 answer[number] = bool((self._ids[first:last] == np.void(_ZERO)).all())
         return answer
+
+
+def build_table(
+    store: Store, keys: VaultKeys, machine: bytes, volume: bytes, seq: int, block_bytes: int, size_bytes: int
+) -> BlockTable:
+    """Return the table of ``volume`` after commit ``seq``: newest map, then the commits after it. Blocking.
+
+    Raises:
+        FarshoreError: Of the store, or what it holds is damaged; nothing is the same then.
+    """
+    table = BlockTable(block_bytes, size_bytes)
+    reader = PackReader(store, keys)
+    found = newest_map(store, keys, machine, volume, seq)
+    after = 0
+    if found is not None:
+        after = found.head.seq
+        for index in found.head.regions:
+            table.apply(found.region(index), pack_lookup(reader, found.head.packs))
+    extend_table(table, store, keys, machine, volume, after + 1, seq, reader)
+    return table
+
+
+def extend_table(
+    table: BlockTable,
+    store: Store,
+    keys: VaultKeys,
+    machine: bytes,
+    volume: bytes,
+    first_seq: int,
+    last_seq: int,
+    reader: PackReader | None = None,
+) -> None:
+    """Lay the commits ``first_seq`` to ``last_seq`` over ``table``. Blocking; raises as `build_table`."""
+    reader = reader or PackReader(store, keys)
+    for number in range(first_seq, last_seq + 1):
+        change = read_change(store, keys, machine, number)
+        part = change.of(volume)
+        if part is not None:
+            table.apply(part[1], pack_lookup(reader, change.packs))
+
+
+def pack_lookup(reader: PackReader, packs: Sequence[PackRef]) -> Lookup:
+    """Return how rows whose pack column counts in ``packs`` find chunk ids."""
+
+    def lookup(number: int, chunks: npt.NDArray[np.uint32]) -> npt.NDArray[np.void]:
+        found = np.zeros(len(chunks), PACK_ROW)
+        ref = packs[number]
+        # Inside a commit lie small packs only; to read those back costs more than to copy their blocks again.
+        if ref.holder is None:
+            index = reader.index(ref.id)
+            ids = np.frombuffer(b"".join(index.ids), "V32")
+            found["id"] = ids[chunks]
+            found["length"] = np.array(index.plain_bytes, "<u4")[chunks]
+        return found
+
+    return lookup

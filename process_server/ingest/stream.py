@@ -15,7 +15,7 @@ from farshore.errors import FarshoreError
 from farshore.hrl.batch import first_digest, incarnation_key
 from farshore.hrl.segment import NO_DIGEST, NO_INCARNATION
 from farshore.wire import messages as m
-from process_server.vault.commit import NO_ROWS, ZEROS, Rows
+from process_server.vault.commit import NO_ROWS, ZEROS, Consistency, Rows
 
 _START: Final = "start"
 
@@ -314,7 +314,7 @@ def piece(row: Rows, start: int, end: int) -> Rows:
     return part
 
 
-def consistency(cuts: Iterable[VolumeCut]) -> str:
+def consistency(cuts: Iterable[VolumeCut]) -> Consistency:
     """``crash``, or ``fuzzy``: at the cut one volume has a state that its disk never had."""
     fuzzy = any(is_fuzzy(cut) for cut in cuts)
     return "fuzzy" if fuzzy else "crash"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from farshore.pki import ALPN_HRL
 from farshore.units import KIB, MIB
 from farshore.wire import frames
 from farshore.wire.messages import Error
@@ -21,29 +22,8 @@ SEND_BACKLOG_BYTES_MAX: Final = 8 * MIB
 """Answers waiting for a peer that does not read them; beyond it the peer is dropped."""
 UNAUTHENTICATED_S: Final = 10.0
 SILENCE_S: Final = 20.0
-ALPN: Final = "hrl/1"
 
 Buffer = bytearray | memoryview
-
-
-def server_context(certificate: str, private_key: str, ca: bytes) -> ssl.SSLContext:
-    """TLS 1.3 only, our CA only, client certificate optional: who has none may only enrol.
-
-    Args:
-        certificate, private_key: Paths of PEM files; `ssl` reads keys from files only (the worker gives
-            ``/proc/self/fd/N`` of a memory file, so that the key touches no disk).
-        ca: PEM of the CA that agents' certificates must come from.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(certificate, private_key)
-    context.load_verify_locations(cadata=ca.decode())
-    context.verify_mode = ssl.CERT_OPTIONAL
-    # A resumed session would skip the look at the certificate; unread tickets also cost the tail (a RST).
-    context.num_tickets = 0
-    context.options |= ssl.OP_NO_TICKET
-    context.set_alpn_protocols([ALPN])
-    return context
 
 
 class Owner(Protocol):
@@ -226,7 +206,7 @@ class Connection(asyncio.BufferedProtocol):
             self._flush()
             return False
         self._flush()
-        if self._tls.selected_alpn_protocol() != ALPN:
+        if self._tls.selected_alpn_protocol() != ALPN_HRL:
             self._shaken = True
             self.refuse("protocol", "not a client of hrl/1 (ALPN)")
             return False

@@ -6,7 +6,6 @@ file on the socketpair for the moment before that was set).
 """
 
 import asyncio
-import contextlib
 import ctypes
 import gc
 import os
@@ -27,13 +26,14 @@ import uvloop
 
 from farshore.errors import FarshoreError
 from farshore.failpoints import failpoint
+from farshore.pki import server_context
 from farshore.units import KIB, MIB
 from farshore.wire import frames
 from farshore.wire import messages as m
 from process_server.ingest import ipc
 from process_server.ingest.pipeline import Checked, SessionPipeline
 from process_server.ingest.stream import Refused
-from process_server.ingest.tls import RECEIVE_BYTES, Buffer, Connection, server_context
+from process_server.ingest.tls import RECEIVE_BYTES, Buffer, Connection
 from process_server.vault.keys import VaultKeys
 from process_server.vault.pack import SealedPack
 from process_server.vault.store import Store, open_store
@@ -385,7 +385,7 @@ class Worker:
             case ipc.Setup():
                 self._set_up(message)
             case ipc.Renewed(certificate=certificate, private_key=private_key, ca=ca):
-                self._context = _context(certificate, private_key, ca)
+                self._context = server_context(certificate, private_key, ca)
             case ipc.Stop():
                 self._over.set()
 
@@ -393,7 +393,7 @@ class Worker:
         self._setup = setup
         self._keys = VaultKeys.from_bytes(setup.keys)
         self._store = open_store(setup.vault_url)
-        self._context = _context(setup.certificate, setup.private_key, setup.ca)
+        self._context = server_context(setup.certificate, setup.private_key, setup.ca)
         self.channel.send(ipc.Ready())
 
     def _admit(self, admit: ipc.Admit) -> None:
@@ -537,18 +537,6 @@ class Worker:
             if self._wire_bytes or any(counts) or self.counts_repeats:
                 self.channel.send(ipc.Counts(self._wire_bytes, *counts, self.counts_repeats))
                 self._wire_bytes = self.counts_repeats = 0
-
-
-def _context(certificate: bytes, private_key: bytes, ca: bytes) -> ssl.SSLContext:
-    """`ssl` reads keys from paths only: give it memory files."""
-    with contextlib.ExitStack() as stack:
-        paths = []
-        for name, content in (("certificate", certificate), ("key", private_key)):
-            descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-            stack.callback(os.close, descriptor)
-            os.write(descriptor, content)
-            paths.append(f"/proc/self/fd/{descriptor}")
-        return server_context(paths[0], paths[1], ca)
 
 
 def main(control_fd: int, accepted_fd: int, parent: int) -> None:

@@ -1,0 +1,930 @@
+"""The process server: agents' connections in, commits out, and what can be said about both.
+
+The main process decides and the workers compute. Here are sessions, chains, the dedup index, the deny-list
+and every clock; TLS, hashing, compression and packs are in the workers (`process_server.ingest.worker`).
+"""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from farshore.clock import Clock
+from farshore.errors import AuthError, Conflict, Failed, FarshoreError, Fenced, NotFound, Unreachable
+from farshore.ids import valid_name
+from farshore.pki import machine_of_certificate
+from farshore.telemetry import get_logger
+from farshore.wire import frames
+from farshore.wire import messages as m
+from process_server.config import ServerConfig, parse_listen
+from process_server.ingest import ipc
+from process_server.ingest.machine import CUTS_MAX, InlinePack, Machine, PacksLost, read_head
+from process_server.ingest.metrics import IngestMetrics
+from process_server.ingest.pool import WorkerPool, WorkerProcess
+from process_server.ingest.resync import BlockTable, build_table, extend_table
+from process_server.ingest.session import Session
+from process_server.ingest.stream import Position, Refused
+from process_server.vault.chain import Chain
+from process_server.vault.commit import CommitHead, Rows
+from process_server.vault.control import ControlStore
+from process_server.vault.dedup import DedupIndex
+from process_server.vault.keys import VaultKeys
+from process_server.vault.pack import pack_name
+from process_server.vault.store import Store
+from process_server.vault.store.settle import put_same
+
+PACE_MIN_S: Final = 0.5
+PING_S: Final = 1.0
+ALLOWED_S: Final = 30.0
+TOKENS_S: Final = 20.0
+SETTLE_S: Final = 30.0
+FRAMES_MAX: Final = 4096
+CHANNELS_MAX: Final = 16
+TROUBLE_LINES_PER_S: Final = 5
+BACKLOG: Final = 512
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """What the server shows: PEM of certificate chain and key, and the CA that agents' certificates need."""
+
+    certificate: bytes
+    private_key: bytes
+    ca: bytes
+
+
+class Identity(Protocol):
+    """Who may speak; `process_server.identity` answers."""
+
+    async def enrol(self, message: m.Enrol) -> m.Enrolled: ...
+
+    async def renew(self, message: m.Renew) -> m.Enrolled: ...
+
+    def allowed(self, machine_id: bytes, certificate: bytes) -> bool: ...
+
+
+@dataclass(eq=False)
+class Peer:
+    """One accepted connection, in whichever worker it is."""
+
+    id: int
+    worker: WorkerProcess
+    address: str
+    certificate: bytes = b""
+    machine: bytes = b""
+    session: Session | None = None
+    control: bool = False
+    closing: bool = False
+    frames: asyncio.Queue[tuple[int, bytes] | None] = field(default_factory=lambda: asyncio.Queue(FRAMES_MAX))
+
+    def send(self, message: m.Message) -> None:
+        self.worker.channel.send(ipc.Send(self.id), frames.encode(message))
+
+    def position(self, volume: bytes, key: bytes, incarnation: bytes, position: Position) -> None:
+        self.worker.channel.send(
+            ipc.Position(self.id, volume, key, incarnation, position.lsn, position.digest)
+        )
+
+    def close(self, code: str = "", text: str = "") -> None:
+        if not self.closing:
+            self.closing = True
+            self.worker.channel.send(ipc.Close(self.id, code, text))
+
+
+class ProcessServer:
+    """One process server on one vault.
+
+    Args:
+        config: Where to listen, how the pipeline is sized, the vault's address for the workers.
+        store, keys: The open vault.
+        control: The vault's control objects: machines and the deny-list.
+        identity: Enrolment and who is allowed.
+        index: Which chunks the vault has; a cache, an empty one by default.
+        on_commit: Told of each new commit, after its acknowledgement; what it raises is logged, no more.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        store: Store,
+        keys: VaultKeys,
+        control: ControlStore,
+        clock: Clock,
+        registry: CollectorRegistry,
+        *,
+        identity: Identity,
+        index: DedupIndex | None = None,
+        on_commit: Callable[[bytes, CommitHead], Awaitable[None]] | None = None,
+    ) -> None:
+        self._config, self._store, self._keys, self._control = config, store, keys, control
+        self._clock, self._identity = clock, identity
+        self._index = index if index is not None else DedupIndex()
+        self._tls = Tls(b"", b"", b"")
+        self._writer, self._generation = b"", 0
+        self._known: dict[bytes, str] = {}
+        self._on_commit = on_commit
+        self.metrics = IngestMetrics(registry, self)
+        self.ready = asyncio.Event()
+        self.address: tuple[str, int] = ("", 0)
+        self._pool = WorkerPool(config.ingest.workers, self._setup, self._receive, self._worker_died)
+        self._machines: dict[bytes, Machine] = {}
+        self._loading: dict[bytes, asyncio.Lock] = {}
+        self._peers: dict[int, Peer] = {}
+        self._sessions: dict[bytes, Session] = {}
+        self._session_peers: dict[bytes, set[Peer]] = {}
+        self._flushes: dict[int, asyncio.Future[list[InlinePack]]] = {}
+        self._flush_worker: dict[int, WorkerProcess] = {}
+        self._pack_worker: dict[bytes, tuple[bytes, WorkerProcess]] = {}
+        self._commands: dict[int, tuple[Session, asyncio.Future[m.Result]]] = {}
+        self._request = 0
+        self._packs_changed = asyncio.Condition()
+        self._tokens_changed = asyncio.Condition()
+        self._marks_waiting = 0
+        self._trouble: list[float] = []
+        self._group: asyncio.TaskGroup | None = None
+
+    # --- life ---
+
+    async def run(self) -> None:
+        """Serve until cancelled. ``ready`` is set, and ``address`` known, once agents can connect.
+
+        Raises:
+            Failed: A worker did not start.
+            OSError: The address cannot be listened on.
+        """
+        await asyncio.to_thread(self._load_control)
+        listener = _listen(*parse_listen(self._config.listen))
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                workers = group.create_task(self._pool.run(), name="ingest-workers")
+                for machine_id, name in self._known.items():
+                    await self._machine(machine_id, name)
+                await self._pool.wait_ready()
+                self.address = listener.getsockname()[:2]
+                loop = asyncio.get_running_loop()
+                loop.add_reader(listener.fileno(), self._accept, listener)
+                group.create_task(self._ping(), name="ping")
+                group.create_task(self._recheck(), name="recheck")
+                self.ready.set()
+                try:
+                    await workers
+                finally:
+                    loop.remove_reader(listener.fileno())
+        finally:
+            listener.close()
+
+    async def renew_tls(self) -> None:
+        """Use the server's new certificate, as the control object has it, for connections from now on."""
+        await asyncio.to_thread(self._load_control)
+        tls = self._tls
+        for worker in self._pool.workers:
+            worker.channel.send(ipc.Renewed(tls.certificate, tls.private_key, tls.ca))
+
+    def _setup(self) -> ipc.Setup:
+        tls, ingest = self._tls, self._config.ingest
+        return ipc.Setup(
+            tls.certificate,
+            tls.private_key,
+            tls.ca,
+            self._config.vault,
+            self._keys.to_bytes(),
+            ingest.pack_bytes,
+            ingest.chunk_bytes,
+            ingest.compression_level,
+        )
+
+    # --- what others ask ---
+
+    def machines(self) -> list[tuple[bytes, str]]:
+        """Return id and name of every machine this server knows."""
+        return sorted(((machine.id, machine.name) for machine in self._machines.values()), key=lambda x: x[1])
+
+    def machine(self, name: str) -> Machine:
+        """Return a machine by name or by its id in hexadecimal. Raises NotFound."""
+        for machine in self._machines.values():
+            if name in (machine.name, machine.id.hex()):
+                return machine
+        raise NotFound("no such machine", where=name, fix="`farshore status` lists them")
+
+    def status(self) -> dict[str, object]:
+        """Return what ``farshore status --json`` prints (DESIGN, section 11)."""
+        now = self._clock.monotonic()
+        machines = sorted(self._machines.values(), key=lambda machine: machine.name)
+        return {
+            "machines": [machine.status(now, self._config.ingest.point_interval_s) for machine in machines]
+        }
+
+    def deny(self, machine_id: bytes) -> None:
+        """The machine was put on the deny-list: end everything it has open, now."""
+        for peer in list(self._peers.values()):
+            if peer.machine == machine_id:
+                self.metrics.auth_failures.labels("denied").inc()
+                peer.close("denied", "this machine is denied")
+        machine = self._machines.get(machine_id)
+        if machine is not None and machine.session is not None:
+            self.end_session(machine.session, "denied", "this machine is denied")
+
+    async def create_point(self, machine: str, tag: str, timeout_s: float) -> str:
+        """Have the agent cut a point that carries ``tag``; return its id once it is vaulted.
+
+        Raises:
+            NotFound: No such machine.
+            Unreachable: Its agent is not connected.
+            Failed: Not vaulted in time; it may still be later.
+            Conflict: The point would be, or is, fuzzy (the machine is not fully protected at the moment).
+        """
+        here = self.machine(machine)
+        session = here.session
+        if session is None or session.ended:
+            raise Unreachable("the agent is not connected", where=here.name)
+        self._request += 1
+        request = self._request
+        future: asyncio.Future[m.Result] = asyncio.get_running_loop().create_future()
+        self._commands[request] = (session, future)
+        session.link.send(m.Command(request, "point", None, tag))
+        try:
+            async with asyncio.timeout(timeout_s):
+                result = await future
+                if not result.ok:
+                    raise Conflict("the agent cannot make a point now", where=here.name, why=result.text)
+                async with here.changed:
+                    await here.changed.wait_for(
+                        lambda: (session.id, result.cut_seq) in here.outcomes or bool(session.ended)
+                    )
+                outcome = here.outcomes.get((session.id, result.cut_seq))
+        except TimeoutError:
+            raise Failed(
+                "the point was not vaulted in time", where=here.name, why=f"{timeout_s:g} s"
+            ) from None
+        finally:
+            self._commands.pop(request, None)
+        if outcome is None:
+            raise Failed("the point was not vaulted", where=here.name, why=session.ended)
+        if outcome.consistency == "fuzzy":
+            raise Conflict(
+                "the point is fuzzy",
+                where=outcome.point,
+                why="the machine is not fully protected at the moment",
+                fix="wait until `farshore status` shows it protected",
+            )
+        return outcome.point
+
+    async def command(self, machine: str, verb: str, volume: str | None, timeout_s: float) -> m.Result:
+        """Ask the agent for ``resync``, ``pause`` or ``resume`` of a volume; return its answer.
+
+        Raises:
+            NotFound, Unreachable: As `create_point`.
+            Failed: No answer in time.
+        """
+        here = self.machine(machine)
+        session = here.session
+        if session is None or session.ended:
+            raise Unreachable("the agent is not connected", where=here.name)
+        self._request += 1
+        request = self._request
+        future: asyncio.Future[m.Result] = asyncio.get_running_loop().create_future()
+        self._commands[request] = (session, future)
+        session.link.send(m.Command(request, verb, volume))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            raise Failed("the agent did not answer in time", where=here.name) from None
+        finally:
+            self._commands.pop(request, None)
+
+    # --- connections ---
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(64):
+            try:
+                accepted, address = listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as exc:
+                log.error("accept_failed", error=str(exc))
+                return
+            with accepted:
+                handed = self._pool.hand_over(accepted)
+            if handed is None:
+                self._complain("connection_refused", str(address[0]), "no worker has room")
+                continue
+            worker, id = handed
+            peer = self._peers[id] = Peer(id, worker, str(address[0]))
+            assert self._group is not None
+            self._group.create_task(self._serve(peer), name=f"peer-{id}")
+
+    async def _serve(self, peer: Peer) -> None:
+        """Take the frames of one connection in order. Its fault ends it and nothing else."""
+        try:
+            while (item := await peer.frames.get()) is not None:
+                if peer.closing:
+                    continue
+                kind, meta = item
+                message = frames.decode_message(frames.Header(kind, len(meta), 0), meta)
+                if peer.session is None:
+                    await self._first(peer, message)
+                else:
+                    await self._next(peer, peer.session, message)
+        except Refused as exc:
+            self._refuse(peer, exc.code, str(exc))
+        except frames.ProtocolError as exc:
+            self._refuse(peer, "protocol", str(exc))
+        except AuthError as exc:
+            self.metrics.auth_failures.labels("refused").inc()
+            self._refuse(peer, "auth", str(exc))
+        except Fenced as exc:
+            self._refuse(peer, "superseded", str(exc))
+        except FarshoreError as exc:
+            log.error("session_failed", peer=peer.address, error=str(exc))
+            self._refuse(peer, "retry" if exc.retryable else "internal", exc.what)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("session_failed", peer=peer.address)
+            self._refuse(peer, "internal", "the server failed on this frame")
+        finally:
+            self._peers.pop(peer.id, None)
+            if peer.session is not None:
+                self._session_peers.get(peer.session.id, set()).discard(peer)
+                if peer.control:
+                    self.end_session(peer.session, "", "the control connection ended")
+
+    def _refuse(self, peer: Peer, code: str, text: str) -> None:
+        self.metrics.refused_frames.labels(code).inc()
+        self._complain("peer_refused", peer.address, f"{code}: {text}")
+        peer.close(code, text)
+
+    async def _first(self, peer: Peer, message: m.Message) -> None:
+        match message:
+            case m.Enrol():
+                peer.send(await self._identity.enrol(message))
+                peer.close()
+            case m.Renew():
+                peer.send(await self._identity.renew(message))
+                peer.close()
+            case m.Hello() if peer.machine:
+                await self._hello(peer, message)
+            case m.Attach() if peer.machine:
+                self._attach(peer, message)
+            case m.Hello() | m.Attach():
+                raise AuthError("a client certificate is needed", fix="enrol the machine first")
+            case _:
+                raise Refused("protocol", "the first frame is HELLO, ATTACH, ENROL or RENEW")
+
+    async def _next(self, peer: Peer, session: Session, message: m.Message) -> None:
+        match message:
+            case m.Bye():
+                peer.close()
+            case m.Error():
+                log.warning("agent_error", machine=session.name, code=message.code, error=message.text[:500])
+                peer.close()
+            case _ if not peer.control:
+                raise Refused("protocol", "only OFFER and COPY belong on a data connection")
+            case m.Pong():
+                self._pong(session, message)
+            case m.Mark():
+                await self._mark(session, message)
+            case m.IncarnationStart():
+                session.start(message)
+            case m.VolumeAdd():
+                await self._volume_add(peer, session, message)
+            case m.VolumeRemove():
+                if session.volumes.pop(message.id, None) is not None:
+                    self._tell_workers(session, ipc.Volume(session.id, message.id, 0))
+            case m.Result():
+                _, future = self._commands.get(message.id, (session, None))
+                if future is not None and not future.done() and self._commands[message.id][0] is session:
+                    future.set_result(message)
+            case _:
+                raise Refused("protocol", "a frame that has no place here", why=type(message).__name__)
+
+    async def _hello(self, peer: Peer, hello: m.Hello) -> None:
+        if hello.protocol != m.PROTOCOL:
+            raise Refused("protocol", "another version of the protocol", why=str(hello.protocol))
+        if hello.machine_id != peer.machine:
+            raise AuthError("the certificate is another machine's", where=hello.machine[:64])
+        if not valid_name(hello.machine):
+            raise Refused("protocol", "a machine without a proper name")
+        machine = await self._machine(peer.machine, hello.machine)
+        if machine.session is not None:
+            self.end_session(machine.session, "superseded", "a newer session of this machine")
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                await machine.settled()
+        except TimeoutError:
+            raise Refused("retry", "earlier cuts are still being vaulted") from None
+        await machine.own(hello.epoch_seen)
+        if machine.session is not None:
+            raise Refused("superseded", "a newer session of this machine")
+        session = Session(peer.machine, hello.machine, hello.agent_version, peer, peer.id)
+        session.cut_seq = 0
+        for volume in hello.volumes:
+            session.add_volume(volume, machine.position(volume.id))
+        machine.name, machine.session = hello.machine, session
+        machine.connected_at = self._clock.monotonic()
+        self._sessions[session.id] = session
+        self._session_peers[session.id] = {peer}
+        peer.session, peer.control = session, True
+        self._admit(peer, session)
+        ingest = self._config.ingest
+        policy = m.Policy(
+            ingest.point_interval_s, ingest.chunk_bytes, ingest.copy_connections, ingest.credit_bytes
+        )
+        positions = tuple(
+            machine.position(volume) or empty_position(volume, empty=not machine.head.seq)
+            for volume in session.volumes
+        )
+        peer.send(
+            m.Welcome(
+                m.PROTOCOL,
+                session.id,
+                self._keys.vault_id,
+                machine.chain.epoch,
+                machine.head.seq,
+                policy,
+                positions,
+            )
+        )
+        log.info("agent_connected", machine=machine.name, peer=peer.address, volumes=len(session.volumes))
+
+    def _admit(self, peer: Peer, session: Session) -> None:
+        sizes = tuple((stream.id, stream.size_bytes) for stream in session.volumes.values())
+        peer.worker.channel.send(
+            ipc.Admit(
+                peer.id, session.id, session.machine, peer.control, self._config.ingest.credit_bytes, sizes
+            )
+        )
+
+    def _attach(self, peer: Peer, attach: m.Attach) -> None:
+        session = self._sessions.get(attach.session)
+        if session is None or session.ended or session.machine != peer.machine:
+            raise Refused("retry", "no such session of this machine")
+        peers = self._session_peers[session.id]
+        if len(peers) > CHANNELS_MAX:
+            raise Refused("capacity", f"more than {CHANNELS_MAX} data connections")
+        session.channels += 1
+        peers.add(peer)
+        peer.session = session
+        self._admit(peer, session)
+        peer.send(m.Attached(session.channels))
+
+    async def _volume_add(self, peer: Peer, session: Session, message: m.VolumeAdd) -> None:
+        machine = self._machines[session.machine]
+        stream = session.add_volume(message.volume, machine.position(message.volume.id))
+        self._tell_workers(session, ipc.Volume(session.id, stream.id, stream.size_bytes))
+        position = machine.position(stream.id) or empty_position(stream.id, empty=not machine.head.seq)
+        peer.send(m.VolumeAdded(position))
+
+    async def _mark(self, session: Session, mark: m.Mark) -> None:
+        machine = self._machines[session.machine]
+        time_ns, arrived = self._clock.wall_ns(), self._clock.monotonic()
+        if session.unknown_tokens(mark):
+            # The agent was told ACCEPTED by a worker whose report may still be on its way to us.
+            self._marks_waiting += 1
+            try:
+                async with asyncio.timeout(TOKENS_S), self._tokens_changed:
+                    await self._tokens_changed.wait_for(
+                        lambda: not session.unknown_tokens(mark) or bool(session.ended)
+                    )
+            except TimeoutError:
+                raise Refused("protocol", "a mark that names a copy that was not accepted") from None
+            finally:
+                self._marks_waiting -= 1
+        if session.ended:
+            return
+        if len(machine.cuts) >= CUTS_MAX:
+            raise Refused("capacity", "too many marks wait for their commit")
+        machine.add(session.mark(mark, time_ns, arrived))
+
+    def _pong(self, session: Session, pong: m.Pong) -> None:
+        machine = self._machines[session.machine]
+        machine.rpo.pong(pong.id, pong.volumes, set(session.volumes))
+        for volume in pong.volumes:
+            stream = session.volumes.get(volume.id)
+            if stream is not None:
+                session.status[volume.id] = volume
+                stream.state, stream.capture_mode = volume.state[:32], volume.capture_mode[:32]
+
+    def end_session(self, session: Session, code: str, text: str) -> None:
+        """End a session: its connections close, what no MARK covered is forgotten. Synchronous."""
+        if session.ended:
+            return
+        session.ended = text
+        log.info("session_ended", machine=session.name, reason=text, code=code)
+        for peer in list(self._session_peers.pop(session.id, ())):
+            peer.close(code, text)
+        self._sessions.pop(session.id, None)
+        machine = self._machines.get(session.machine)
+        if machine is not None:
+            if machine.session is session:
+                machine.session = None
+                machine.rpo.disconnected()
+            machine.forget(session)
+        for owner, future in self._commands.values():
+            if owner is session and not future.done():
+                future.set_result(m.Result(0, False, "the session ended"))
+
+    def forget(self, session: Session) -> None:
+        """No cut of an ended session waits any more: the workers drop what they hold of it."""
+        for pack in [pack for pack, (owner, _) in self._pack_worker.items() if owner == session.id]:
+            del self._pack_worker[pack]
+        for worker in self._pool.workers:
+            worker.channel.send(ipc.Forget(session.id))
+
+    def _tell_workers(self, session: Session, message: ipc.Message) -> None:
+        for worker in {peer.worker for peer in self._session_peers.get(session.id, ())}:
+            worker.channel.send(message)
+
+    # --- from the workers ---
+
+    def _receive(self, worker: WorkerProcess, message: ipc.Message, raw: bytes) -> None:
+        match message:
+            case ipc.Query(request=request, session=id, own=own):
+                self._query(worker, request, id, own=own, ids=raw)
+            case ipc.CopyRows():
+                self._rows(worker, message, raw)
+            case ipc.DataRows():
+                self._rows(worker, message, raw)
+            case ipc.Frame(connection=connection, kind=kind):
+                self._frame(connection, kind, raw)
+            case ipc.OfferQuery():
+                self._offer(worker, message, raw)
+            case ipc.PackStored():
+                self._pack_stored(message, raw)
+            case ipc.Flushed(request=request, pack=pack, ids=ids):
+                future = self._flushes.pop(request, None)
+                self._flush_worker.pop(request, None)
+                if future is not None and not future.done():
+                    future.set_result([InlinePack(pack, raw, ids)] if pack else [])
+            case ipc.Opened(connection=connection):
+                self._opened(connection, raw)
+            case ipc.Closed(connection=connection, code=code, text=text):
+                self._closed(connection, code, text)
+            case ipc.Counts():
+                self.metrics.count(message)
+            case ipc.Fault(text=text):
+                log.error("ingest_frame_failed", error=text)
+
+    def _opened(self, connection: int, certificate: bytes) -> None:
+        peer = self._peers.get(connection)
+        if peer is None:
+            return
+        peer.certificate = certificate
+        if not certificate:
+            return
+        try:
+            peer.machine = machine_of_certificate(certificate, self._keys.vault_id)
+        except FarshoreError as exc:
+            self.metrics.auth_failures.labels("certificate").inc()
+            self._refuse(peer, "auth", str(exc))
+            return
+        if not self._identity.allowed(peer.machine, certificate):
+            self.metrics.auth_failures.labels("denied").inc()
+            self._refuse(peer, "denied", "this machine is denied, or not known")
+
+    def _frame(self, connection: int, kind: int, meta: bytes) -> None:
+        peer = self._peers.get(connection)
+        if peer is None or peer.closing:
+            return
+        try:
+            peer.frames.put_nowait((kind, meta))
+        except asyncio.QueueFull:
+            self._refuse(peer, "capacity", "too many frames wait")
+
+    def _closed(self, connection: int, code: str, text: str) -> None:
+        peer = self._peers.get(connection)
+        if peer is None:
+            return
+        if code or text:
+            self.metrics.refused_frames.labels(code or "silent").inc()
+            self._complain("connection_closed", peer.address, f"{code or 'closed'}: {text}")
+        peer.closing = peer.closing or bool(code)
+        # Always room for the end: a full queue belongs to a peer that is being closed anyway.
+        with contextlib.suppress(asyncio.QueueEmpty):
+            while peer.frames.full():
+                peer.frames.get_nowait()
+        peer.frames.put_nowait(None)
+
+    def _rows(self, worker: WorkerProcess, message: ipc.CopyRows | ipc.DataRows, raw: bytes) -> None:
+        session = self._sessions.get(message.session)
+        if session is None:
+            return
+        for pack in message.fresh:
+            self._pack_worker[pack] = (session.id, worker)
+        try:
+            if isinstance(message, ipc.CopyRows):
+                session.copy_rows(message, raw)
+                if self._tokens_waiting():
+                    self._wake(self._tokens_changed)
+            else:
+                session.data_rows(message, raw)
+        except Refused as exc:
+            self.metrics.refused_frames.labels(exc.code).inc()
+            self.end_session(session, exc.code, str(exc))
+
+    def _tokens_waiting(self) -> bool:
+        return self._marks_waiting > 0
+
+    def _wake(self, condition: asyncio.Condition) -> None:
+        async def notify() -> None:
+            async with condition:
+                condition.notify_all()
+
+        assert self._group is not None
+        self._group.create_task(notify())
+
+    def _query(self, worker: WorkerProcess, request: int, id: bytes, *, own: bool, ids: bytes) -> None:
+        session = self._sessions.get(id)
+        count = len(ids) // 32
+        rows = np.zeros(count, ipc.FOUND_DTYPE)
+        if session is not None:
+            chunks = [ids[32 * number : 32 * number + 32] for number in range(count)]
+            found = self._index.lookup(chunks)
+            if own:
+                # A REFERENCE counts only for what this machine itself has sent: I25.
+                mine = self._index.have(session.machine, chunks)
+                found = [locator if yes else None for locator, yes in zip(found, mine, strict=True)]
+            else:
+                sent = [chunk for chunk, locator in zip(chunks, found, strict=True) if locator is not None]
+                self._index.note(session.machine, sent)
+            for number, locator in enumerate(found):
+                if locator is not None:
+                    rows[number] = (1, *locator)
+        worker.channel.send(ipc.Found(request), rows.tobytes())
+
+    def _offer(self, worker: WorkerProcess, message: ipc.OfferQuery, raw: bytes) -> None:
+        session = self._sessions.get(message.session)
+        offers = np.frombuffer(raw, ipc.OFFER_DTYPE)
+        if session is None:
+            worker.channel.send(ipc.Answers(message.request), bytes(len(offers)))
+            return
+        building = self._table(session, message.volume)
+        if building is None or building.done():
+            table = building.result() if building is not None else None
+            worker.channel.send(ipc.Answers(message.request), self._answers(session, offers, table))
+            return
+
+        async def answer() -> None:
+            table = await asyncio.shield(building)
+            worker.channel.send(ipc.Answers(message.request), self._answers(session, offers, table))
+
+        assert self._group is not None
+        self._group.create_task(answer(), name="offer")
+
+    def _answers(self, session: Session, offers: Rows, table: BlockTable | None) -> bytes:
+        raw = offers["id"].tobytes()
+        have = self._index.have(session.machine, _split_ids(raw))
+        answers = np.where(np.array(have, np.bool_), m.HAVE_CHUNK, m.HAVE_NEED).astype(np.uint8)
+        if table is not None:
+            answers[table.same(offers)] = m.HAVE_SAME
+        return answers.tobytes()
+
+    def _table(self, session: Session, volume: bytes) -> "asyncio.Task[BlockTable | None] | None":
+        """Return the task that yields the volume's block table; it is started by the first OFFER."""
+        machine = self._machines[session.machine]
+        stream = session.volumes.get(volume)
+        if stream is None or volume not in machine.head.volumes:
+            return None
+        building = machine.tables.get(volume)
+        if building is None:
+            assert self._group is not None
+            building = machine.tables[volume] = self._group.create_task(
+                self._build_table(machine, volume, stream.size_bytes), name="block-table"
+            )
+        return building
+
+    async def _build_table(self, machine: Machine, volume: bytes, size_bytes: int) -> BlockTable | None:
+        block_bytes = self._config.ingest.chunk_bytes
+        try:
+            while True:
+                seq = machine.chain.seq
+                table = await asyncio.to_thread(
+                    build_table,
+                    self._store,
+                    self._keys,
+                    machine.id,
+                    volume,
+                    seq,
+                    block_bytes,
+                    size_bytes,
+                )
+                if machine.chain.seq == seq:
+                    return table
+                # Commits came meanwhile. Records may have written what a block had: lay them over it.
+                changes = machine.chain.seq
+                await asyncio.to_thread(
+                    extend_table, table, self._store, self._keys, machine.id, volume, seq + 1, changes
+                )
+                if machine.chain.seq == changes:
+                    return table
+        except FarshoreError as exc:
+            log.warning("resync_table_failed", machine=machine.name, error=str(exc))
+            return None
+
+    def _pack_stored(self, message: ipc.PackStored, ids: bytes) -> None:
+        session_id, _ = self._pack_worker.pop(message.pack, (message.session, None))
+        session = self._session_anyway(session_id)
+        self.metrics.pack_stored(message)
+        if message.error:
+            log.error("pack_not_stored", pack=message.pack.hex(), error=message.error)
+            if session is not None:
+                session.lost = message.error
+                self.end_session(session, "retry", "a pack could not be stored")
+        else:
+            if session is not None:
+                self._index.add(message.pack, _split_ids(ids), session.machine)
+                session.unstored.discard(message.pack)
+        self._wake(self._packs_changed)
+
+    def _session_anyway(self, id: bytes) -> Session | None:
+        """A session by id, also one that ended while its last cuts still wait."""
+        session = self._sessions.get(id)
+        if session is None:
+            for machine in self._machines.values():
+                for cut in machine.waiting():
+                    if cut.session.id == id:
+                        return cut.session
+        return session
+
+    def _worker_died(self, worker: WorkerProcess) -> None:
+        self.metrics.worker_deaths.inc()
+        for request, owner in list(self._flush_worker.items()):
+            if owner is worker:
+                del self._flush_worker[request]
+                future = self._flushes.pop(request, None)
+                if future is not None and not future.done():
+                    future.set_exception(PacksLost("an ingest worker died"))
+        # Sessions with a connection or an open pack there begin again from what is vaulted.
+        lost = {session for session, owner in self._pack_worker.values() if owner is worker}
+        for peer in [peer for peer in self._peers.values() if peer.worker is worker]:
+            if peer.session is not None:
+                lost.add(peer.session.id)
+            peer.closing = True
+            peer.frames.put_nowait(None)
+        for id in lost:
+            session = self._session_anyway(id)
+            if session is not None:
+                session.lost = "an ingest worker died"
+                self.end_session(session, "retry", session.lost)
+        self._wake(self._packs_changed)
+
+    # --- packs, for Machine ---
+
+    async def flush(self, session: Session, inline_bytes: int) -> list[InlinePack]:
+        futures = []
+        for worker in {owner for id, owner in self._pack_worker.values() if id == session.id}:
+            self._request += 1
+            future: asyncio.Future[list[InlinePack]] = asyncio.get_running_loop().create_future()
+            self._flushes[self._request], self._flush_worker[self._request] = future, worker
+            worker.channel.send(ipc.Flush(self._request, session.id, inline_bytes))
+            futures.append(future)
+        packs = []
+        for future in futures:
+            packs += await future
+        for pack in packs:
+            self._pack_worker.pop(pack.id, None)
+        return packs
+
+    async def store(self, session: Session, pack: InlinePack) -> None:
+        await asyncio.to_thread(put_same, self._store, pack_name(pack.id), pack.body)
+        self._index.add(pack.id, _split_ids(pack.ids), session.machine)
+        session.unstored.discard(pack.id)
+
+    async def stored(self, session: Session, packs: set[bytes]) -> None:
+        async with self._packs_changed:
+            await self._packs_changed.wait_for(lambda: bool(session.lost) or not packs & session.unstored)
+        if packs & session.unstored:
+            raise PacksLost("a pack was not stored", why=session.lost)
+
+    # --- machines ---
+
+    def _load_control(self) -> None:
+        """Read what the vault says of this server and its machines."""
+        control = self._control.load()
+        if control.server is None:
+            raise Failed("this vault has no server identity", fix="run `farshore server init` or `adopt`")
+        self._writer = control.server.id
+        self._tls = Tls(control.server.certificate, control.server.key, control.ca_certificate)
+        self._generation = self._control.root().generation
+        self._known = {machine.id: machine.name for machine in control.machines}
+
+    async def _machine(self, machine_id: bytes, name: str = "") -> Machine:
+        """Return the machine with its chain loaded; the first time this reads the vault."""
+        lock = self._loading.setdefault(machine_id, asyncio.Lock())
+        async with lock:
+            machine = self._machines.get(machine_id)
+            if machine is None:
+                chain = Chain(self._store, self._keys, machine_id, self._writer)
+                await asyncio.to_thread(chain.load_head)
+                head = await asyncio.to_thread(read_head, chain)
+                machine = self._machines[machine_id] = Machine(
+                    machine_id,
+                    name or (chain.head.machine_name if chain.head is not None else machine_id.hex()),
+                    chain,
+                    head,
+                    self,
+                    self._clock,
+                    pace_s=max(PACE_MIN_S, self._config.ingest.point_interval_s / 2),
+                    committed=self._committed,
+                    generation=self._generation,
+                )
+                assert self._group is not None
+                self._group.create_task(machine.run(), name=f"machine-{machine.name}")
+            return machine
+
+    async def _committed(self, machine: Machine, head: CommitHead, tables: dict[bytes, Rows]) -> None:
+        """A commit is vaulted and its agent told: what follows may fail without harm."""
+        self.metrics.commits.inc()
+        await self._extend_tables(machine, head)
+        if self._on_commit is not None:
+            try:
+                await self._on_commit(machine.id, head)
+            except FarshoreError as exc:
+                log.warning("after_commit_failed", machine=machine.name, error=str(exc))
+
+    async def _extend_tables(self, machine: Machine, head: CommitHead) -> None:
+        session = machine.session
+        for volume, building in list(machine.tables.items()):
+            stream = session.volumes.get(volume) if session is not None else None
+            if stream is None or not stream.resync:
+                # Compared to the end, or the agent is gone: what a later resync needs is built anew.
+                del machine.tables[volume]
+                building.cancel()
+            elif building.done() and (table := building.result()) is not None:
+                try:
+                    await asyncio.to_thread(
+                        extend_table, table, self._store, self._keys, machine.id, volume, head.seq, head.seq
+                    )
+                except FarshoreError as exc:
+                    log.warning("resync_table_failed", machine=machine.name, error=str(exc))
+                    del machine.tables[volume]
+
+    # --- clocks ---
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_S)
+            now = self._clock.monotonic()
+            for session in list(self._sessions.values()):
+                self._request += 1
+                self._machines[session.machine].rpo.ping(self._request, now)
+                session.link.send(m.Ping(self._request))
+
+    async def _recheck(self) -> None:
+        """Ask the deny-list again for every live connection: a revocation needs no reconnect to be felt."""
+        while True:
+            await asyncio.sleep(ALLOWED_S)
+            for peer in list(self._peers.values()):
+                if peer.machine and not self._identity.allowed(peer.machine, peer.certificate):
+                    self.deny(peer.machine)
+
+    def _complain(self, event: str, address: str, reason: str) -> None:
+        """One line of trouble per peer, and no more of them than a disk can bear."""
+        now = time.monotonic()
+        self._trouble = [at for at in self._trouble if now - at < 1.0]
+        if len(self._trouble) < TROUBLE_LINES_PER_S:
+            self._trouble.append(now)
+            log.warning(event, peer=address, reason=reason)
+
+
+def empty_position(volume: bytes, *, empty: bool) -> m.VolumePosition:
+    """What WELCOME says of a volume of which the vault has nothing."""
+    start = Position()
+    return m.VolumePosition(
+        volume,
+        start.incarnation,
+        start.ordinal,
+        start.lsn,
+        start.digest,
+        copied=False,
+        copy_end=0,
+        empty=empty,
+    )
+
+
+def _split_ids(ids: bytes) -> list[bytes]:
+    return [ids[at : at + 32] for at in range(0, len(ids), 32)]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
