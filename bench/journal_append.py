@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--sync-ms", type=float, default=10.0)
     parser.add_argument("--json", action="store_true", dest="as_json")
     options = parser.parse_args()
-    cpu, wall, longest, writes, hashes = [], [], [], [], []
+    columns: tuple[list[float], ...] = ([], [], [], [], [])
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         journal = Path(folder) / "journal"
         machine_id, volume_id = bytes(16), bytes(range(16))
@@ -118,19 +118,18 @@ def main() -> None:
             figures = append_round(writer, options.seconds, options.sync_ms / 1e3)
             write, digest = bare(Path(folder))
             if index:
-                for values, value in zip(
-                    (cpu, wall, longest, writes, hashes), (*figures, write, digest), strict=True
-                ):
+                for values, value in zip(columns, (*figures, write, digest), strict=True):
                     values.append(value)
         writer.close()
     where = machine()
-    result = {
-        "append_cpu_us_per_record": cpu,
-        "append_wall_us_per_record": wall,
-        "longest_append_ms": longest,
-        "bare_pwritev_us_per_record": writes,
-        "bare_blake3_us_per_record": hashes,
-    }
+    names = (
+        "append_cpu_us_per_record",
+        "append_wall_us_per_record",
+        "longest_append_ms",
+        "bare_pwritev_us_per_record",
+        "bare_blake3_us_per_record",
+    )
+    result = dict(zip(names, columns, strict=True))
     if options.as_json:
         print(json.dumps({"machine": where, **result}))
         return

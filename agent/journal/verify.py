@@ -3,6 +3,7 @@
 For people and their scripts (``farshore hrl``); `agent.journal.recovery` decides for the tap.
 """
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def verify_together(verdicts: list[Verdict]) -> list[str]:
     """Return what is wrong between files that each check: one clause per break in the chain."""
     problems = []
     ordered = sorted((v for v in verdicts if v.header), key=lambda v: v.header.number if v.header else 0)
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in itertools.pairwise(ordered):
         here, there = first.header, second.header
         assert here is not None
         assert there is not None
@@ -141,6 +142,7 @@ def _scan(
     records: Counter[str] = Counter()
     batches = payload_bytes = flags = 0
     stopped = ""
+    reached = False
     while (scan.next_lsn - 1, scan.digest) != end:
         try:
             batch = scan.next()
@@ -156,21 +158,20 @@ def _scan(
         for kind, name in TYPE_NAMES.items():
             records[name] += int((batch.records["type"] == kind).sum())
     else:
-        durable_lsn = 0  # reached: nothing behind it counts
+        reached = True  # nothing behind it counts
     last = scan.next_lsn - 1
     problem = None
-    if not scan.sealed and last < durable_lsn:
+    if not scan.sealed and not reached and last < durable_lsn:
         problem = (
             f"{stopped or 'the log ends'}: LSN {last + 1} to {durable_lsn} were durable and are not here"
         )
-    torn = (
-        0 if scan.sealed or problem or last == (end or (-1,))[0] else torn_bytes(fd, scan.at, scan.next_lsn)
-    )
+    whole = scan.sealed or reached or problem
+    torn = 0 if whole else torn_bytes(fd, scan.at, scan.next_lsn)
     return Verdict(
         path,
         header,
         last,
-        max(durable_lsn, end[0] if end else 0),
+        durable_lsn,
         batches,
         {name: count for name, count in records.items() if count},
         payload_bytes,

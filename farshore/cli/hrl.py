@@ -1,4 +1,4 @@
-"""``farshore hrl``: segments of a journal, looked at by hand. Reads files only; no tap or server is needed."""
+"""``farshore hrl``: segments of a journal, looked at by hand. Reads files only, needs no tap or server."""
 
 import json
 from collections.abc import Callable
@@ -74,9 +74,8 @@ def inspect(files: tuple[Path, ...], batches: bool, as_json: bool) -> int:
         for name, value in result.items():
             print(f"{name:20} {value}")
         for batch in listed:
-            print(
-                f"  LSN {batch['first_lsn']} at {batch['time']}, {batch['bytes']} bytes, flags {batch['flags']}"
-            )
+            head = f"  LSN {batch['first_lsn']} at {batch['time']}"
+            print(f"{head}, {batch['bytes']} bytes, flags {batch['flags']}")
             for row in batch["records"]:
                 print(f"    {row['lsn']:>12} {row['type']:6} {row['offset']:>16} + {row['length']}")
         print()
