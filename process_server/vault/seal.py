@@ -163,7 +163,7 @@ class Sealer:
         salt = secrets.token_bytes(32)
         fixed = struct.pack("<HHI", VERSION, kind, keys.generation)
         last = struct.pack("<IHh", keys.key_check, _zstd_version(), level)
-        key, tag = _object_key(keys, name, salt, digest, fixed + last)
+        key, tag = _object_key(keys, name, salt, digest, fixed[:4] + last[4:])
         lengths = struct.pack("<II", count, first_bytes + TAG_BYTES)
         return cls(keys, name, MAGIC + fixed + salt + digest + tag + lengths + last, key)
 
@@ -185,9 +185,9 @@ class Sealer:
             raise _damaged(name, "it is not a sealed object")
         if version != VERSION:
             raise newer_format(name, version)
-        key, expected = _object_key(keys, name, salt, digest, header[8:16] + header[120:128])
+        key, expected = _object_key(keys, name, salt, digest, header[8:12] + header[124:128])
         if not hmac.compare_digest(tag, expected):
-            if check != keys.key_check or generation != keys.generation:
+            if check != keys.key_check:
                 raise WrongKey(
                     "the object is sealed for another key",
                     where=name,
