@@ -30,6 +30,9 @@ class Verb(NamedTuple):
 # second whatever the roles import. A new verb is one line here.
 VERBS: Final[dict[str, Verb]] = {
     "demo": Verb("farshore.cli.demo:command", "Lose everything but the vault, and get it back."),
+    "point": Verb("farshore.cli.point:command", "List and create recovery points."),
+    "recover": Verb("farshore.cli.recover:command", "Write volumes at a point to files or a device."),
+    "export": Verb("farshore.cli.export:command", "Serve a volume at a point over NBD."),
     "test": Verb("farshore.cli.test:command", "Run the tests of this checkout."),
 }
 

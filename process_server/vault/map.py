@@ -5,6 +5,7 @@ after it, whatever the age of the chain. A map is cut into regions of 256 MiB, e
 that the first block of a volume of any size costs one head and one region.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
@@ -46,6 +47,8 @@ from process_server.vault.store.protocol import AlreadyExists, Buffer, Store
 REGION_BYTES: Final = 256 * MIB
 
 _Numbers = npt.NDArray[np.int64]
+# Not structlog: it takes 0.17 s to import, of the second that an export has; daemons lead this to it.
+_log: Final = logging.getLogger(__name__)
 
 FOLD_ROWS: Final = 1_000_000
 """Rows newer than the map that are gathered before they are laid over one another: 48 MB."""
@@ -641,12 +644,7 @@ def newest_map(
         except WrongKey:
             raise
         except (IntegrityError, NotFound) as exc:
-            # Imported here: it takes 0.17 s of the second that an export has, and is hardly ever needed.
-            from farshore.telemetry import get_logger
-
-            get_logger(component="map").warning(
-                "map_passed_over", map=map_name(machine, volume, seq), reason=str(exc)
-            )
+            _log.warning("map passed over: %s", exc)
     return None
 
 
