@@ -25,7 +25,7 @@ from farshore.ids import id_to_hex, new_id, valid_name
 from farshore.telemetry import get_logger
 from farshore.wire import messages as m
 from process_server.ingest.stream import Refused
-from process_server.vault.control import Control, ControlStore, Denied, Machine, Token
+from process_server.vault.control import Control, ControlStore, Denied, Machine, ServerIdentity, Token
 
 TOKEN_TTL_S_MAX: Final = 3600.0
 TOKENS_MAX: Final = 1000
@@ -246,6 +246,36 @@ class Identity:
             for machine in sorted(self._known.control.machines, key=lambda machine: machine.name)
         ]
 
+    async def renew_server(self) -> bool:
+        """Give the server a new certificate when it is due for one; tell whether it was so.
+
+        It lies with its key in the sealed ``control/`` object, and nowhere else.
+        """
+
+        def change(control: Control) -> Control:
+            if not server_certificate_due(control, self._now()):
+                return control
+            return with_server_certificate(control, self._vault_id, self._clock.wall_ns())
+
+        if not server_certificate_due(self._known.control, self._now()):
+            return False
+        await self._update(change)
+        log.info("server_certificate_renewed", expires=_rfc3339(self.server_expires))
+        return True
+
+    @property
+    def server(self) -> ServerIdentity:
+        """The identity of the server that serves the vault."""
+        server = self._known.control.server
+        if server is None:
+            raise Conflict("no server is on record in this vault", fix="run 'farshore server adopt' for one")
+        return server
+
+    @property
+    def server_expires(self) -> datetime:
+        """Until when the server's certificate is valid."""
+        return pki.validity(self.server.certificate)[1]
+
     async def run(self) -> None:
         """Follow what other servers and operators change; ends only by being cancelled."""
         while True:
@@ -423,27 +453,22 @@ class _Outcome:
     repeated: bool = False
 
 
-class ServerCertificate:
-    """The server's certificate: new at each start and at two thirds of its life; its key is never stored."""
-
-    def __init__(self, authority: pki.Authority, vault_id: bytes, clock: Clock) -> None:
-        self._authority, self._vault_id, self._clock = authority, vault_id, clock
-        self.current = authority.issue_server(vault_id, clock.wall_ns())
-
-    @property
-    def ca(self) -> bytes:
-        """PEM of the CA."""
-        return self._authority.certificate
-
-    def renew_if_due(self) -> bool:
-        """Make a new one when two thirds of the life of this one have passed; tell whether it was so."""
-        now = datetime.fromtimestamp(self._clock.wall_ns() / 1e9, UTC)
-        issued = self.current.not_before + pki.SERVER_CLOCK_LEEWAY
-        # A clock that was set back needs a new one as well: agents with the right time would refuse the old.
-        if self.current.not_before <= now < issued + (self.current.not_after - issued) * 2 / 3:
-            return False
-        self.current = self._authority.issue_server(self._vault_id, self._clock.wall_ns())
+def server_certificate_due(control: Control, now: datetime) -> bool:
+    """Tell whether the server needs a certificate: none yet, two thirds of its life over, or another CA's."""
+    if control.server is None or not pki.is_issued_by(control.server.certificate, control.ca_certificate):
         return True
+    not_before, not_after = pki.validity(control.server.certificate)
+    issued = not_before + pki.SERVER_CLOCK_LEEWAY
+    # A clock that was set back needs a new one as well: agents with the right time would refuse the old.
+    return not not_before <= now < issued + (not_after - issued) * 2 / 3
+
+
+def with_server_certificate(control: Control, vault_id: bytes, now_ns: int) -> Control:
+    """Return the settings with a new key and certificate for the server that is on record there."""
+    assert control.server is not None
+    issued = pki.Authority(control.ca_certificate, control.ca_key).issue_server(vault_id, now_ns)
+    server = msgspec.structs.replace(control.server, certificate=issued.certificate, key=issued.private_key)
+    return msgspec.structs.replace(control, server=server)
 
 
 def _requested_key(request: bytes) -> bytes:

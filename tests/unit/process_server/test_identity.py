@@ -17,9 +17,9 @@ from farshore.errors import CapacityError, NotFound, Unreachable, UsageError
 from farshore.ids import new_id
 from farshore.wire import messages as m
 from process_server import identity as identity_module
-from process_server.identity import Identity, ServerCertificate
+from process_server.identity import Identity, with_server_certificate
 from process_server.ingest.stream import Refused
-from process_server.vault.control import Control, ControlStore, Denied
+from process_server.vault.control import Control, ControlStore, Denied, ServerIdentity
 from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault
 from process_server.vault.store.memory import MemoryStore
 from tests.fakes.clock import ManualClock
@@ -400,16 +400,26 @@ async def test_a_store_that_fails_leaves_what_is_known_in_force(
 # --- the server's own certificate ---
 
 
-def test_the_servers_certificate_is_renewed_at_two_thirds(site: Site) -> None:
-    certificate = ServerCertificate(site.identity.authority, site.keys.vault_id, site.clock)
-    first = certificate.current
+async def test_the_servers_certificate_is_renewed_at_two_thirds(site: Site) -> None:
+    def first_server(control: Control) -> Control:
+        server = ServerIdentity(id=new_id(), certificate=b"", key=b"")
+        with_server = msgspec.structs.replace(control, server=server)
+        return with_server_certificate(with_server, site.keys.vault_id, site.clock.wall_ns())
+
+    site.control.update(first_server)
+    await site.identity.refresh()
+    first, first_end = site.identity.server, site.identity.server_expires
     life_s = pki.SERVER_LIFE.total_seconds()
     site.clock.advance(life_s * 0.66)
-    assert not certificate.renew_if_due()
+    assert not await site.identity.renew_server()
     site.clock.advance(life_s * 0.01)
-    assert certificate.renew_if_due()
-    assert certificate.current.certificate != first.certificate
-    assert certificate.current.private_key != first.private_key
-    assert certificate.current.not_after - first.not_after > timedelta(days=19)
+    assert await site.identity.renew_server()
+    second = site.control.load().server
+    assert second is not None
+    assert second == site.identity.server
+    assert second.id == first.id
+    assert second.certificate != first.certificate
+    assert second.key != first.key
+    assert site.identity.server_expires - first_end > timedelta(days=19)
     site.clock.jump_wall(-10 * 365 * DAY)
-    assert certificate.renew_if_due()
+    assert await site.identity.renew_server()
