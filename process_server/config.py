@@ -4,8 +4,11 @@ Written once by ``farshore server init`` or ``adopt``, read once at each start. 
 slot key is a file of its own, of the API token only a hash is here.
 """
 
+import getpass
 import json
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -21,6 +24,7 @@ from farshore.units import KIB, MIB
 LISTEN_PORT: Final = 9443
 API_PORT: Final = 9444
 METRICS_PORT: Final = 9106
+SLOT_KEY_BYTES: Final = 32
 
 _SOURCE: Final = re.compile(r"file:.+|credential:[^/]+|prompt", re.DOTALL)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -165,6 +169,50 @@ def load(directory: Path) -> ServerConfig:
     except ValueError as error:
         raise ConfigError("cannot use the configuration", where=str(path), why=str(error)) from error
     return config
+
+
+def read_slot_key(directory: Path, config: ServerConfig) -> bytes:
+    """Return this server's key to the vault, from where ``[keys] source`` says.
+
+    Raises:
+        ConfigError: There is none, others can read it, or it is not 32 bytes. What was read is never repeated.
+    """
+    kind, _, value = config.keys.source.partition(":")
+    if kind == "prompt":
+        try:
+            return _checked_key(
+                bytes.fromhex(getpass.getpass("slot key (64 hexadecimal digits): ")), "prompt"
+            )
+        except (ValueError, EOFError) as error:
+            raise ConfigError("not a slot key", where="prompt", fix="type its 64 digits") from error
+    path = Path(directory, value)
+    if kind == "credential":
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if not credentials:
+            raise ConfigError(
+                "there is no such credential",
+                where=value,
+                why="not started by systemd with LoadCredential",
+                fix="start the unit, or set keys.source to file:PATH",
+            )
+        path = Path(credentials, value)
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read(SLOT_KEY_BYTES + 1)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ConfigError("cannot read the server's key", where=str(path), why=why) from error
+    # systemd's credentials are private by their directory and mount, whatever their mode.
+    if kind == "file" and stat.S_ISREG(mode) and mode & 0o077:
+        raise ConfigError("others can read the server's key", where=str(path), fix=f"chmod 600 {path}")
+    return _checked_key(content, str(path))
+
+
+def _checked_key(key: bytes, where: str) -> bytes:
+    if len(key) != SLOT_KEY_BYTES:
+        raise ConfigError("not a slot key", where=where, why=f"it has not {SLOT_KEY_BYTES} bytes")
+    return key
 
 
 def save(directory: Path, config: ServerConfig) -> None:

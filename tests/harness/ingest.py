@@ -29,6 +29,7 @@ from farshore.hrl.batch import (
 )
 from farshore.ids import new_id
 from farshore.pki import Authority, client_context, key_to_pem, new_key, public_key_of
+from farshore.telemetry import configure
 from farshore.units import KIB
 from farshore.wire import frames
 from farshore.wire import messages as m
@@ -139,6 +140,7 @@ class Site:
             assert server.ready.is_set()
             yield server
         finally:
+            await close_all()
             ready.cancel()
             task.cancel()
             await asyncio.wait({task}, timeout=30)
@@ -187,6 +189,16 @@ class Ended(Exception):
         self.error = error
 
 
+_open: "list[Wire]" = []
+
+
+async def close_all() -> None:
+    """Close what tests left open, before warnings about it become errors."""
+    while _open:
+        _open.pop().close()
+    await asyncio.sleep(0.01)
+
+
 class Wire:
     """One connection to the server, frame by frame."""
 
@@ -194,6 +206,7 @@ class Wire:
         self.reader, self.writer = reader, writer
         self.error: m.Error | None = None
         self.seen: list[m.Message] = []
+        _open.append(self)
 
     @classmethod
     async def connect(cls, address: tuple[str, int], context: ssl.SSLContext) -> "Wire":
@@ -353,6 +366,8 @@ def reset_on_close(wire: Wire) -> None:
 
 def serve(root: str, workers: int) -> None:
     """Be a process server in a process of its own: prints its port, serves until killed."""
+    configure("process-server")
+
     async def run() -> None:
         site_root = Path(root)
         store: Store = open_store(f"file://{site_root}/vault", owner=True)

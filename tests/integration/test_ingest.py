@@ -1,12 +1,19 @@
 """The process server over real TLS: what is acknowledged can be read back, what is wrong changes nothing."""
 
+import asyncio
+import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
+from farshore.errors import Conflict, Failed
 from farshore.wire import messages as m
-from tests.harness.ingest import BLOCK, Agent, Site
+from tests.harness.ingest import BLOCK, Agent, Site, Wire, close_all
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -119,3 +126,246 @@ async def test_a_bad_frame_is_refused_and_changes_nothing(tmp_path: Path, fault:
         assert error.code == code
         assert site.image(agent.volume) == before
     assert len(site.commits()) == 2
+
+
+async def test_a_repeat_is_ignored_and_counted(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    agent = Agent(site)
+    async with site.server(workers=1) as server:
+        wire, _ = await agent.connect(server.address)
+        await wire.send(agent.start())
+        for value in b"abc":
+            agent.write([(0, bytes([value]) * 4096)])
+            await wire.send(*agent.data())
+        for index in (0, 1, 2):
+            await wire.send(*agent.data(index))
+        ack = await agent.vaulted(wire, agent.mark())
+        assert ack.volumes[0].lsn == 3
+    rows = site.commits()[-1].rows
+    assert rows["lsn"].tolist() == [1, 2, 3]
+    assert site.image(agent.volume) == agent.disk
+
+
+async def test_a_mark_is_fuzzy_until_everything_copied_is_below_it(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    agent = Agent(site)
+    async with site.server(workers=1) as server:
+        wire, _ = await agent.connect(server.address)
+        await wire.send(agent.start())
+        agent.write([(0, b"a" * 4096)])
+        await wire.send(*agent.data())
+        assert (await agent.vaulted(wire, agent.mark(copied=False))).consistency == "fuzzy"
+        assert (await agent.vaulted(wire, agent.mark(copy_end=2))).consistency == "fuzzy"
+        assert (await agent.vaulted(wire, agent.mark(fuzzy=True, copy_end=1))).consistency == "fuzzy"
+        assert (await agent.vaulted(wire, agent.mark(copy_end=1))).consistency == "crash"
+
+
+async def test_an_unchanged_volume_is_the_same_and_its_chunks_are_known(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    agent = Agent(site, size_bytes=8 * 1024 * 1024)
+    agent.disk[: 4 * BLOCK] = random.Random(3).randbytes(4 * BLOCK)
+    agent.disk[20 * BLOCK : 60 * BLOCK] = random.Random(4).randbytes(40 * BLOCK)
+
+    def offer(token: int) -> m.Offer:
+        blocks = [bytes(agent.disk[at : at + BLOCK]) for at in range(0, agent.size_bytes, BLOCK)]
+        return m.Offer(
+            token,
+            agent.volume,
+            tuple(
+                m.OfferChunk(n * BLOCK, BLOCK, blake3(block).digest() if any(block) else b"")
+                for n, block in enumerate(blocks)
+            ),
+        )
+
+    async with site.server(workers=1) as server:
+        wire, welcome = await agent.connect(server.address)
+        await wire.send(agent.start())
+        tokens = await agent.copy_all(await agent.attach(server.address, welcome))
+        await agent.vaulted(wire, agent.mark(tokens))
+        wire.close()
+        agent.incarnation, agent.ordinal, first = bytes(range(16)), 2, agent.lsn + 1
+        wire, welcome = await agent.connect(server.address)
+        await wire.send(
+            m.IncarnationStart(agent.volume, agent.incarnation, 2, bytes(16), 0, bytes(32), first, True)
+        )
+        bulk = await agent.attach(server.address, welcome)
+        await bulk.send(offer(1))
+        have = await bulk.expect(m.Have)
+        assert set(have.answers) == {m.HAVE_SAME}
+        # One block moved, one is new: a reference will do for the first, the second is needed.
+        agent.disk[BLOCK : 2 * BLOCK] = agent.disk[0:BLOCK]
+        agent.disk[30 * BLOCK : 31 * BLOCK] = random.Random(5).randbytes(BLOCK)
+        await bulk.send(offer(2))
+        have = await bulk.expect(m.Have)
+        assert have.answers[1] == m.HAVE_CHUNK
+        assert have.answers[30] == m.HAVE_NEED
+        assert have.answers.count(m.HAVE_SAME) == len(have.answers) - 2
+        hashes = [blake3(agent.disk[n * BLOCK : (n + 1) * BLOCK]).digest() for n in (1, 30)]
+        wrong = m.Copy(
+            90, agent.volume, agent.lsn, (m.CopyChunk(30 * BLOCK, BLOCK, m.COPY_REFERENCE, hashes[1]),)
+        )
+        await bulk.send(wrong)
+        assert (await bulk.expect(m.Accepted)).missing == (0,)
+        right = m.Copy(
+            91,
+            agent.volume,
+            agent.lsn,
+            (
+                m.CopyChunk(BLOCK, BLOCK, m.COPY_REFERENCE, hashes[0]),
+                m.CopyChunk(30 * BLOCK, BLOCK, m.COPY_DATA, hashes[1]),
+            ),
+        )
+        await bulk.send(right, bytes(agent.disk[30 * BLOCK : 31 * BLOCK]))
+        assert (await bulk.expect(m.Accepted)).missing == ()
+        ack = await agent.vaulted(wire, agent.mark([91]))
+        assert ack.consistency == "crash"
+    assert site.image(agent.volume) == agent.disk
+
+
+async def test_http_and_a_peer_without_a_certificate_get_nowhere(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    async with site.server(workers=1) as server:
+        reader, writer = await asyncio.open_connection(*server.address)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(10):
+            assert b"HTTP" not in await reader.read()
+        writer.close()
+        agent = Agent(site)
+        wire = await Wire.connect(server.address, site.context(certificate=False))
+        await wire.send(agent.hello())
+        error = await wire.ended()
+        assert error is not None
+        assert error.code == "auth"
+        wire = await Wire.connect(server.address, site.context(certificate=False))
+        await wire.send(m.Enrol(1, b"token", b"secret", "host-1", b"x" * 70_000))
+        error = await wire.ended()
+        assert error is not None
+        assert error.code == "bounds"
+        wire = await Wire.connect(server.address, site.context(certificate=False))
+        await wire.send(m.Enrol(1, b"token", b"secret", "host-1", b"csr"))
+        assert (await wire.expect(m.Enrolled)).certificate == b"certificate"
+
+
+async def test_a_denied_machine_is_cut_off_at_once(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    agent = Agent(site)
+    async with site.server(workers=1) as server:
+        wire, _ = await agent.connect(server.address)
+        site.identity.denied.add(site.machine)
+        server.deny(site.machine)
+        error = await wire.ended()
+        assert error is not None
+        assert error.code == "denied"
+        wire = await Wire.connect(server.address, site.context())
+        await wire.send(agent.hello())
+        error = await wire.ended()
+        assert error is not None
+        assert error.code == "denied"
+
+
+async def test_a_point_is_made_on_request_and_status_tells_the_age(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    agent = Agent(site)
+    async with site.server(workers=1) as server:
+        wire, _ = await agent.connect(server.address)
+        await wire.send(agent.start())
+        await agent.vaulted(wire, agent.mark())
+
+        async def answer(*, fuzzy: bool) -> None:
+            command = await wire.expect(m.Command)
+            mark = agent.mark(tag=command.tag, fuzzy=fuzzy)
+            await wire.send(mark)
+            await wire.send(m.Result(command.id, True, "", mark.cut_seq))
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(answer(fuzzy=False))
+            point = await server.create_point("host-1", "before-upgrade", 20)
+        assert site.commits()[-1].head.tag == "before-upgrade"
+        assert point.endswith(f"-{site.commits()[-1].head.seq}")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(answer(fuzzy=True))
+            with pytest.raises(Conflict):
+                await server.create_point("host-1", "half", 20)
+        with pytest.raises(Failed):
+            await server.create_point("host-1", "never", 0.2)
+        machine = server.status()["machines"][0]  # type: ignore[index]
+        assert machine["rpo_seconds"] is None
+        await agent.vaulted(wire, agent.mark())
+        ping = await wire.expect(m.Ping)
+        status = m.VolumeStatus(agent.volume, agent.incarnation, agent.lsn, agent.lsn, 0, "data", "protected")
+        await wire.send(m.Pong(ping.id, (status,)))
+        await asyncio.sleep(0.3)
+        machine = server.status()["machines"][0]  # type: ignore[index]
+        assert 0.2 < machine["rpo_seconds"] < 10
+        assert machine["health"] == "ok", machine["reasons"]
+        wire.close()
+        await asyncio.sleep(0.3)
+        machine = server.status()["machines"][0]  # type: ignore[index]
+        assert machine["health"] == "critical"
+
+
+async def test_a_killed_worker_costs_a_reconnect_and_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    agent = Agent(site)
+    rng = random.Random(9)
+    async with site.server(workers=1) as server:
+        for round_number in range(3):
+            wire, welcome = await agent.connect(server.address)
+            position = welcome.volumes[0]
+            assert position.lsn <= agent.lsn
+            await wire.send(agent.start())
+            for index, (first, _, _, _) in enumerate(agent.batches):
+                if first > position.lsn:
+                    await wire.send(*agent.data(index))
+            acked = await agent.vaulted(wire, agent.mark())
+            assert acked.volumes[0].lsn == agent.lsn
+            agent.write([(rng.randrange(900) * 4096, rng.randbytes(4096)) for _ in range(50)])
+            await wire.send(*agent.data())
+            pid = server._pool.workers[0].process.pid
+            await wire.send(agent.mark())
+            os.kill(pid, signal.SIGKILL)
+            await wire.ended()
+            await server._pool.wait_ready()
+            assert round_number < 3
+        wire, welcome = await agent.connect(server.address)
+        await wire.send(agent.start())
+        for index, (first, _, _, _) in enumerate(agent.batches):
+            if first > welcome.volumes[0].lsn:
+                await wire.send(*agent.data(index))
+        await agent.vaulted(wire, agent.mark())
+        assert site.image(agent.volume) == agent.disk
+
+
+async def test_a_killed_server_has_everything_it_acknowledged(tmp_path: Path) -> None:
+    site = Site.make(tmp_path)
+    agent = Agent(site)
+    rng = random.Random(11)
+    images: dict[int, bytes] = {0: bytes(agent.size_bytes)}
+    for _ in range(2):
+        server = subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, "-m", "tests.harness.ingest", str(tmp_path), "2"],
+            stdout=subprocess.PIPE,
+        )
+        assert server.stdout is not None
+        with server.stdout as output:
+            port = int(await asyncio.to_thread(output.readline))
+        wire, welcome = await agent.connect(("127.0.0.1", port))
+        await wire.send(agent.start())
+        for index, (first, _, _, _) in enumerate(agent.batches):
+            if first > welcome.volumes[0].lsn:
+                await wire.send(*agent.data(index))
+        acked = await agent.vaulted(wire, agent.mark())
+        assert acked.volumes[0].lsn == agent.lsn
+        for _ in range(10):
+            agent.write([(rng.randrange(900) * 4096, rng.randbytes(4096)) for _ in range(20)])
+            images[agent.lsn] = bytes(agent.disk)
+            await wire.send(*agent.data())
+            await wire.send(agent.mark())
+        acked = await wire.expect(m.Ack)
+        server.kill()
+        await asyncio.to_thread(server.wait)
+        wire.close()
+        newest = site.commits()[-1].head.volumes[0]
+        assert newest.lsn >= acked.volumes[0].lsn
+        assert site.image(agent.volume) == images[newest.lsn]
+    await close_all()
