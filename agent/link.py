@@ -110,6 +110,8 @@ class Server:
 def client_context(identity: Path) -> ssl.SSLContext:
     """TLS 1.3 with our certificate, trusting nothing but the vault's CA.
 
+    Not `farshore.pki`, which brings a whole X.509 library into each copier process.
+
     Raises:
         ConfigError: A file of the identity is missing or cannot be used.
     """

@@ -95,11 +95,10 @@ class CopyRule:
         return tracked_from is not None and applied_lsn >= tracked_from and self.vaulted_lsn >= after
 
     def forget(self) -> None:
-        """Stop remembering records: no copy is under way or waiting."""
-        assert not self._floors
-        assert not self._accepted
-        self._tracked_from = None
-        self._records.clear()
+        """Stop remembering records, unless a copy is still under way or waiting."""
+        if not self._floors and not self._accepted:
+            self._tracked_from = None
+            self._records.clear()
 
     def sent(self, first_lsn: int, records: Records) -> None:
         """The records of one batch were put into the stream; ``records`` is not kept."""
@@ -114,6 +113,12 @@ class CopyRule:
         self._records.append(
             (ranged.astype(np.uint64) + np.uint64(first_lsn), starts, starts + rows["length"])
         )
+
+    def jump(self, lsn: int) -> None:
+        """The stream goes on behind ``lsn`` without the records up to it: a new incarnation begins there."""
+        if lsn > self._sent:
+            assert self._tracked_from is None
+            self._sent = self.previous_cut = self.vaulted_lsn = lsn
 
     def reading(self, work: object, applied_lsn: int) -> None:
         """From now on reads of ``work`` may happen, none older than ``applied_lsn``."""

@@ -1,0 +1,618 @@
+"""A copier: a process that reads extents of protected disks and puts them into the vault.
+
+One process per data connection, because reading, hashing and TLS do not share one interpreter well
+(PERFORMANCE, sections 2 and 3). It is told what to copy through a socketpair and reports what was accepted;
+when to place it in the stream is decided in the agent (`agent.replicate.copyrule`). It ends with the agent.
+
+Run as ``python -m agent.replicate.copier FD PARENT``.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from agent.journal.state import StatePageReader
+from agent.link import BlockingLink, LinkDown, Server
+from farshore.errors import FarshoreError
+from farshore.failpoints import failpoint
+from farshore.units import MIB
+from farshore.wire import messages as m
+
+READ_BYTES: Final = MIB
+"""One COPY: read, hashed and sent before the next (PERFORMANCE, section 2)."""
+OFFERS_AHEAD: Final = 2
+"""Works whose OFFER was not answered: hides the round trip behind the hashing of the next."""
+COPIES_AHEAD: Final = 64
+"""COPYs not yet ACCEPTED on one connection; the credit bounds their bytes."""
+KEEPALIVE_S: Final = 5.0
+"""A data connection that is silent for 20 s is closed; an OFFER of nothing is a sign of life."""
+TAP_WAIT_S: Final = 0.2
+"""Between looks for a tap that is being started again."""
+_PR_SET_PDEATHSIG: Final = 1
+_LENGTH: Final = struct.Struct("<I")
+_EMPTY_OFFER_TOKEN: Final = 0
+
+
+class Volume(msgspec.Struct, frozen=True, array_like=True):
+    """Where a copier finds a volume."""
+
+    id: bytes
+    disk: str
+    state_page: str
+
+
+class Setup(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """First message to a copier.
+
+    Attributes:
+        first_token: Tokens of this copier count up from here; unique in the session.
+    """
+
+    host: str
+    port: int
+    vault: bytes
+    identity: str
+    session: bytes
+    credit_bytes: int
+    chunk_bytes: int
+    first_token: int
+
+
+class Work(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Copy an extent. ``compare``: offer hashes first."""
+
+    number: int
+    volume: Volume
+    offset: int
+    length: int
+    compare: bool
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Finish what is under way and end."""
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """The data connection is attached."""
+
+
+class Taken(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """The server accepted a COPY of ``work``; fields as in `copyrule.AcceptedCopy`."""
+
+    work: int
+    token: int
+    offset: int
+    length: int
+    applied_lsn: int
+    captured_lsn: int
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """All of ``work`` was accepted or found the same.
+
+    Attributes:
+        captured_lsn: After the last read.
+        sent_bytes, referenced_bytes, zero_bytes, same_bytes: What became of its bytes.
+        wire_bytes: Everything this copier sent since its last `Done`.
+    """
+
+    work: int
+    captured_lsn: int
+    sent_bytes: int
+    referenced_bytes: int
+    zero_bytes: int
+    same_bytes: int
+    wire_bytes: int
+
+
+class Broken(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """The copier ends: ``reason`` as in `agent.link.REASONS`, or ``disk``."""
+
+    reason: str
+    text: str
+
+
+_Message = TypeVar("_Message")
+ToCopier = Setup | Work | Stop
+FromCopier = Ready | Taken | Done | Broken
+_encoder: Final = msgspec.msgpack.Encoder()
+to_copier: Final = msgspec.msgpack.Decoder(ToCopier)
+from_copier: Final = msgspec.msgpack.Decoder(FromCopier)
+
+
+def encode(message: ToCopier | FromCopier) -> bytes:
+    """A message with its length before it."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Disk(Protocol):
+    """What `Reader` needs of a volume: its bytes, and the tap's counters."""
+
+    def read(self, target: memoryview, offset: int) -> int: ...
+
+    def position(self) -> "Position": ...
+
+    def served(self) -> bool:
+        """Tell whether the tap that `position` names still runs."""
+        ...
+
+
+class Position(msgspec.Struct, frozen=True, gc=False):
+    """The tap's counters at one moment; ``writer`` changes whenever another tap begins to write."""
+
+    writer: tuple[int, bytes]
+    applied_lsn: int
+    captured_lsn: int
+
+
+class OpenDisk:
+    """A protected disk and its volume's state page."""
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume = volume
+        self._fd = os.open(volume.disk, os.O_RDONLY | os.O_CLOEXEC)
+        self._page = StatePageReader(Path(volume.state_page))
+
+    def read(self, target: memoryview, offset: int) -> int:
+        return os.preadv(self._fd, [target], offset)
+
+    def position(self) -> Position:
+        page = self._page.read()
+        return Position((page.process_id, page.incarnation), page.applied_lsn, page.captured_lsn)
+
+    def served(self) -> bool:
+        try:
+            os.kill(self._page.read().process_id, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+@dataclass(slots=True)
+class Block:
+    """Some bytes of the disk with the LSNs around the read; ``view`` is reused by the next read."""
+
+    offset: int
+    view: memoryview
+    buffer: bytearray
+    applied_lsn: int
+    captured_lsn: int
+
+
+class Reader:
+    """Reads a disk so that the copy rule can be kept: the applied LSN before, the captured LSN after."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._buffer = bytearray(READ_BYTES)
+        self.whole = memoryview(self._buffer)
+
+    def read(self, offset: int, length: int, at: int = 0) -> Block:
+        """Read into the buffer from ``at`` on. Raises OSError, also at a short read.
+
+        A tap that starts anew redoes old records before newer ones: a read that overlaps that shows bytes of
+        the past, so it counts only when the same tap was there before and after it.
+        """
+        view = self.whole[at : at + length]
+        while True:
+            before = self._disk.position()
+            done = 0
+            while done < length:
+                count = self._disk.read(view[done:], offset + done)
+                if not count:
+                    raise OSError(f"the disk ends at byte {offset + done}")
+                done += count
+            after = self._disk.position()
+            if before.writer == after.writer and self._disk.served():
+                return Block(offset, view, self._buffer, before.applied_lsn, after.captured_lsn)
+            time.sleep(TAP_WAIT_S)
+
+
+@dataclass(slots=True)
+class Sent:
+    """A COPY under way."""
+
+    work: "Progress"
+    extents: list[tuple[int, int]]
+    applied_lsn: int
+    captured_lsn: int
+
+
+@dataclass(slots=True)
+class Progress:
+    """One work and what became of its bytes."""
+
+    work: Work
+    tokens: int = 0
+    reading: bool = True
+    captured_lsn: int = 0
+    sent_bytes: int = 0
+    referenced_bytes: int = 0
+    zero_bytes: int = 0
+    same_bytes: int = 0
+    offered: list[m.OfferChunk] = field(default_factory=list)
+    applied_lsn: int = 0
+
+
+class Copier:
+    """The loop: take work, read, hash, send as far as the credit goes, report what was accepted."""
+
+    def __init__(self, setup: Setup, parent: socket.socket, link: BlockingLink) -> None:
+        self._setup, self._parent, self._link = setup, parent, link
+        self._readers: dict[bytes, Reader] = {}
+        self._credit = setup.credit_bytes
+        self._token = setup.first_token
+        self._zeros = bytes(max(setup.chunk_bytes, READ_BYTES))
+        self._works: deque[Progress] = deque()
+        self._steps: Iterator[None] | None = None
+        self._offers: dict[int, Progress] = {}
+        self._answered: deque[tuple[Progress, bytes]] = deque()
+        self._again: deque[tuple[Progress, list[tuple[int, int]]]] = deque()
+        self._sent: dict[int, Sent] = {}
+        self._stopping = False
+        self._received = bytearray()
+        self._reported_wire_bytes = 0
+
+    def run(self) -> None:
+        """Work until told to stop. Raises LinkDown, OSError; EOFError when the agent is gone."""
+        while True:
+            progressed = self._step() if self._may_send() else False
+            idle = not progressed
+            if idle and self._stopping and not self._busy:
+                return
+            self._look(KEEPALIVE_S if idle else 0.0)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._steps or self._works or self._sent or self._offers or self._answered or self._again)
+
+    def _may_send(self) -> bool:
+        # A negative credit never happens: a COPY is at most 1 MiB and checked against it before.
+        return self._credit >= min(READ_BYTES, self._setup.credit_bytes) and len(self._sent) < COPIES_AHEAD
+
+    def _step(self) -> bool:
+        """Send at most about one COPY; tell whether anything was done."""
+        if self._steps is None:
+            self._steps = self._next_steps()
+        if self._steps is None:
+            return False
+        try:
+            next(self._steps)
+        except StopIteration:
+            self._steps = None
+        return True
+
+    def _next_steps(self) -> Iterator[None] | None:
+        if self._again:
+            return self._resend(*self._again.popleft())
+        if self._answered:
+            return self._follow_offer(*self._answered.popleft())
+        if self._works and not (self._works[0].work.compare and len(self._offers) >= OFFERS_AHEAD):
+            progress = self._works.popleft()
+            return self._offer(progress) if progress.work.compare else self._copy(progress)
+        return None
+
+    # --- sending ---
+
+    def _copy(self, progress: Progress) -> Iterator[None]:
+        """Send a whole work without asking."""
+        work = progress.work
+        for offset in range(work.offset, work.offset + work.length, READ_BYTES):
+            self._copy_extents(progress, [(offset, min(READ_BYTES, work.offset + work.length - offset))])
+            yield
+        self._finish(progress)
+
+    def _offer(self, progress: Progress) -> Iterator[None]:
+        """Hash a whole work and ask."""
+        work, chunk_bytes, zeros = progress.work, self._setup.chunk_bytes, self._zeros
+        reader = self._reader(work.volume)
+        end = work.offset + work.length
+        for offset in range(work.offset, end, READ_BYTES):
+            block = reader.read(offset, min(READ_BYTES, end - offset))
+            if offset == work.offset:
+                # The oldest of the works's reads stands for all: more is cut out, never less.
+                progress.applied_lsn = block.applied_lsn
+            progress.captured_lsn = max(progress.captured_lsn, block.captured_lsn)
+            view, size = block.view, len(block.view)
+            for at in range(0, size, chunk_bytes):
+                part = view[at : at + chunk_bytes]
+                zero = block.buffer.startswith(zeros[: len(part)], at)
+                digest = b"" if zero else blake3(part).digest()
+                progress.offered.append(m.OfferChunk(offset + at, len(part), digest))
+            yield
+        token = self._next_token()
+        self._offers[token] = progress
+        self._link.send(m.Offer(token, work.volume.id, tuple(progress.offered)))
+
+    def _follow_offer(self, progress: Progress, answers: bytes) -> Iterator[None]:
+        """Send what the server has not got, refer to what it has."""
+        if len(answers) != len(progress.offered):
+            raise LinkDown("protocol", "HAVE does not answer the OFFER")
+        known: list[m.OfferChunk] = []
+        needed: list[tuple[int, int]] = []
+        for chunk, answer in zip(progress.offered, answers, strict=True):
+            if answer == m.HAVE_SAME:
+                progress.same_bytes += chunk.length
+            elif answer == m.HAVE_CHUNK and chunk.hash:
+                known.append(chunk)
+            else:
+                needed.append((chunk.offset, chunk.length))
+        progress.offered = []
+        if known:
+            chunks = tuple(m.CopyChunk(c.offset, c.length, m.COPY_REFERENCE, c.hash) for c in known)
+            extents = [(chunk.offset, chunk.length) for chunk in known]
+            progress.referenced_bytes += sum(chunk.length for chunk in known)
+            self._send_copy(progress, chunks, extents, progress.applied_lsn, progress.captured_lsn, None)
+            yield
+        for extents in _frames(needed):
+            self._copy_extents(progress, extents)
+            yield
+        self._finish(progress)
+
+    def _resend(self, progress: Progress, extents: list[tuple[int, int]]) -> Iterator[None]:
+        """A REFERENCE did not hold: send the bytes."""
+        for part in _frames(extents):
+            self._copy_extents(progress, part)
+            yield
+        progress.tokens -= 1
+        self._report(progress)
+
+    def _copy_extents(self, progress: Progress, extents: list[tuple[int, int]]) -> None:
+        """Read ``extents``, 1 MiB in all at most, and send them as one COPY."""
+        reader = self._reader(progress.work.volume)
+        chunk_bytes, zeros = self._setup.chunk_bytes, self._zeros
+        chunks: list[m.CopyChunk] = []
+        filled = 0
+        applied_lsn, captured_lsn = -1, 0
+        buffer = reader.whole
+        for offset, length in extents:
+            block = reader.read(offset, length, filled)
+            applied_lsn = block.applied_lsn if applied_lsn < 0 else applied_lsn
+            captured_lsn = block.captured_lsn
+            at, kept = 0, filled
+            while at < length:
+                size = min(chunk_bytes, length - at)
+                start = filled + at
+                if block.buffer.startswith(zeros[:size], start):
+                    previous = chunks[-1] if chunks else None
+                    if (
+                        previous
+                        and previous.kind == m.COPY_ZEROS
+                        and previous.offset + previous.length == offset + at
+                    ):
+                        chunks[-1] = m.CopyChunk(previous.offset, previous.length + size, m.COPY_ZEROS, b"")
+                    else:
+                        chunks.append(m.CopyChunk(offset + at, size, m.COPY_ZEROS, b""))
+                    progress.zero_bytes += size
+                else:
+                    if start != kept:
+                        # Zeros before it are not sent; memoryview moves overlapping bytes right.
+                        buffer[kept : kept + size] = buffer[start : start + size]
+                    digest = blake3(buffer[kept : kept + size]).digest()
+                    chunks.append(m.CopyChunk(offset + at, size, m.COPY_DATA, digest))
+                    kept += size
+                    progress.sent_bytes += size
+                at += size
+            filled = kept
+        raw = buffer[:filled] if filled else None
+        progress.captured_lsn = max(progress.captured_lsn, captured_lsn)
+        self._send_copy(progress, tuple(chunks), extents, applied_lsn, captured_lsn, raw)
+
+    def _send_copy(
+        self,
+        progress: Progress,
+        chunks: tuple[m.CopyChunk, ...],
+        extents: list[tuple[int, int]],
+        applied_lsn: int,
+        captured_lsn: int,
+        raw: memoryview | None,
+    ) -> None:
+        token = self._next_token()
+        self._sent[token] = Sent(progress, extents, applied_lsn, captured_lsn)
+        progress.tokens += 1
+        self._credit -= len(raw) if raw is not None else 0
+        failpoint("agent.copier_before_copy")
+        self._link.send(m.Copy(token, progress.work.volume.id, applied_lsn, chunks), raw)
+
+    def _reader(self, volume: Volume) -> Reader:
+        reader = self._readers.get(volume.id)
+        if reader is None:
+            reader = self._readers[volume.id] = Reader(OpenDisk(volume))
+        return reader
+
+    def _next_token(self) -> int:
+        self._token += 1
+        return self._token
+
+    def _finish(self, progress: Progress) -> None:
+        progress.reading = False
+        self._report(progress)
+
+    def _report(self, progress: Progress) -> None:
+        if progress.reading or progress.tokens:
+            return
+        wire_bytes = self._link.wire_bytes
+        self._tell(
+            Done(
+                progress.work.number,
+                progress.captured_lsn,
+                progress.sent_bytes,
+                progress.referenced_bytes,
+                progress.zero_bytes,
+                progress.same_bytes,
+                wire_bytes - self._reported_wire_bytes,
+            )
+        )
+        self._reported_wire_bytes = wire_bytes
+
+    # --- receiving ---
+
+    def _look(self, timeout_s: float) -> None:
+        """Take what has arrived from both sides; wait up to ``timeout_s`` for something."""
+        watched: list[BlockingLink | socket.socket] = [self._link, self._parent]
+        readable, _, _ = select.select(watched, [], [], timeout_s)
+        if self._link in readable:
+            for message in self._link.receive():
+                self._heard(message)
+        if self._parent in readable:
+            received = self._parent.recv(64 * 1024)
+            if not received:
+                raise EOFError
+            self._received += received
+            for message in split(self._received, to_copier):
+                self.take(message)
+        if not readable and timeout_s:
+            for volume in list(self._readers)[:1]:
+                self._link.send(m.Offer(_EMPTY_OFFER_TOKEN, volume, ()))
+
+    def _heard(self, message: m.Message) -> None:
+        match message:
+            case m.Credit(bytes=count):
+                self._credit += count
+            case m.Accepted(token=token, missing=missing):
+                self._accepted(token, missing)
+            case m.Have(token=token, answers=answers):
+                if token != _EMPTY_OFFER_TOKEN:
+                    self._answered.append((self._offers.pop(token), answers))
+            case m.Ping(id=id):
+                self._link.send(m.Pong(id, ()))
+            case m.Policy() | m.Ack():
+                pass
+            case _:
+                raise LinkDown("protocol", "an unexpected frame", why=type(message).__name__)
+
+    def _accepted(self, token: int, missing: tuple[int, ...]) -> None:
+        sent = self._sent.pop(token)
+        progress = sent.work
+        if missing:
+            self._again.append((progress, sent.extents))
+            progress.referenced_bytes -= sum(length for _, length in sent.extents)
+            return
+        begin = min(offset for offset, _ in sent.extents)
+        end = max(offset + length for offset, length in sent.extents)
+        self._tell(
+            Taken(progress.work.number, token, begin, end - begin, sent.applied_lsn, sent.captured_lsn)
+        )
+        progress.tokens -= 1
+        self._report(progress)
+
+    def take(self, message: ToCopier) -> None:
+        """Do as the agent says."""
+        match message:
+            case Work():
+                self._works.append(Progress(message))
+            case Stop():
+                self._stopping = True
+            case _:
+                raise AssertionError("set up twice")
+
+    def _tell(self, message: FromCopier) -> None:
+        self._parent.sendall(encode(message))
+
+
+def _frames(extents: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Group extents, joined where they touch, into lists of READ_BYTES at most."""
+    group: list[tuple[int, int]] = []
+    room = READ_BYTES
+    for offset, length in extents:
+        while length:
+            size = min(length, room)
+            if group and group[-1][0] + group[-1][1] == offset:
+                group[-1] = (group[-1][0], group[-1][1] + size)
+            else:
+                group.append((offset, size))
+            offset, length, room = offset + size, length - size, room - size
+            if not room:
+                yield group
+                group, room = [], READ_BYTES
+    if group:
+        yield group
+
+
+def split(received: bytearray, decoder: "msgspec.msgpack.Decoder[_Message]") -> "list[_Message]":
+    """Take the whole messages off the front of ``received``."""
+    messages = []
+    at = 0
+    while len(received) - at >= _LENGTH.size:
+        (size,) = _LENGTH.unpack_from(received, at)
+        end = at + _LENGTH.size + size
+        if len(received) < end:
+            break
+        messages.append(decoder.decode(bytes(received[at + _LENGTH.size : end])))
+        at = end
+    del received[:at]
+    return messages
+
+
+def _first_message(parent: socket.socket, received: bytearray) -> Setup:
+    while True:
+        got = parent.recv(64 * 1024)
+        if not got:
+            raise EOFError
+        received += got
+        if len(received) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(received)
+            end = _LENGTH.size + size
+            if len(received) >= end:
+                message = to_copier.decode(bytes(received[_LENGTH.size : end]))
+                del received[:end]
+                assert isinstance(message, Setup)
+                return message
+
+
+def attach(setup: Setup) -> BlockingLink:
+    """Open a data connection of the session. Raises LinkDown, ConfigError."""
+    link = BlockingLink(Server(setup.host, setup.port, setup.vault, Path(setup.identity)))
+    link.send(m.Attach(setup.session))
+    while not (messages := link.receive()):
+        pass
+    if not isinstance(messages[0], m.Attached) or len(messages) > 1:
+        raise LinkDown("protocol", "ATTACH was not answered with ATTACHED", where=link.server.address)
+    return link
+
+
+def main(descriptor: int, parent_pid: int) -> None:
+    """Serve the agent at the other end of ``descriptor`` until it says so or is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent says when
+    parent = socket.socket(fileno=descriptor)
+    received = bytearray()
+    try:
+        setup = _first_message(parent, received)
+        try:
+            link = attach(setup)
+            parent.sendall(encode(Ready()))
+            copier = Copier(setup, parent, link)
+            for message in split(received, to_copier):
+                copier.take(message)
+            copier.run()
+            link.close()
+        except LinkDown as error:
+            parent.sendall(encode(Broken(error.reason, str(error))))
+        except FarshoreError as error:
+            parent.sendall(encode(Broken("internal", str(error))))
+        except OSError as error:
+            parent.sendall(encode(Broken("disk", error.strerror or str(error))))
+    except (EOFError, ConnectionError):
+        pass  # the agent is gone, and with it whoever could want to know
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

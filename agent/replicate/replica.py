@@ -1,0 +1,161 @@
+"""One protected volume as replication knows it, across sessions: what is remembered, and the word for it."""
+
+import json
+from pathlib import Path
+from typing import Final
+
+from agent.journal.segments import list_segments
+from agent.journal.state import DATA, FAILED, RESYNC_REQUIRED, State, StatePageReader
+from agent.replicate.ports import Journal, VolumeSpec
+from farshore.config import write_private
+from farshore.errors import Unreachable
+from farshore.wire import messages as m
+
+FILE_NAME: Final = "replica"
+"""What must outlive the agent: JSON ``{"paused", "copied"}`` in the volume's folder."""
+
+
+class Replica:
+    """State of one volume that a new session goes on from.
+
+    Attributes:
+        paused: Nothing is sent until `resume`; kept on disk.
+        copied: The vault has all of it, and a point that can be offered; kept on disk for the time before
+            the first WELCOME.
+        resync: The vault's copy is being compared as a whole.
+        safe: Units of the copying under way that are vaulted; the next session need not do them again.
+        problem: What keeps copying from going on, for people; empty when nothing does.
+        remaining_bytes, total_bytes: Of the copying under way; None when there is none.
+    """
+
+    def __init__(self, spec: VolumeSpec, journal: Journal) -> None:
+        self.spec, self.journal = spec, journal
+        self.safe: set[int] = set()
+        self.resync = False
+        self.problem = ""
+        self.remaining_bytes: int | None = None
+        self.total_bytes = 0
+        self.vaulted_lsn = 0
+        self._page: StatePageReader | None = None
+        remembered = _remembered(spec.folder / FILE_NAME)
+        self._paused = bool(remembered.get("paused", False))
+        self._copied = bool(remembered.get("copied", False))
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        if value != self._paused:
+            self._paused = value
+            self._remember()
+
+    @property
+    def copied(self) -> bool:
+        return self._copied
+
+    @copied.setter
+    def copied(self, value: bool) -> None:
+        if value != self._copied:
+            self._copied = value
+            self._remember()
+
+    def state(self) -> State:
+        """Return the tap's counters. Raises Unreachable while there is no tap that published any."""
+        if self._page is None:
+            try:
+                self._page = StatePageReader(self.spec.state_page)
+            except OSError as error:
+                raise Unreachable(
+                    "the tap has published no state", where=self.spec.name, why=str(error)
+                ) from error
+        return self._page.read()
+
+    def state_or_none(self) -> State | None:
+        """As `state`, None while there is none."""
+        try:
+            return self.state()
+        except Unreachable:
+            return None
+
+    def name_state(self) -> str:
+        """One of the volume states of DESIGN, section 11: the first that applies, worst first."""
+        state = self.state_or_none()
+        if state is not None and state.flags & FAILED:
+            return "failed"
+        if self.paused:
+            return "paused"
+        if self.resync:
+            return "resync"
+        if state is not None and state.flags & RESYNC_REQUIRED:
+            return "resync-required"
+        if not self.copied:
+            return "initial-replication"
+        if state is None or state.capture_mode != DATA or state.dirty_regions:
+            return "degraded"
+        return "protected"
+
+    def capture_mode(self) -> str:
+        """``data`` or ``bitmap``; ``bitmap`` too when no tap says anything, since that is no better."""
+        state = self.state_or_none()
+        return "data" if state is not None and state.capture_mode == DATA else "bitmap"
+
+    def backlog_bytes(self) -> int:
+        """Bytes of the journal that are not vaulted, as whole segments: never less than the truth."""
+        state = self.state_or_none()
+        if state is None or state.captured_lsn <= self.vaulted_lsn:
+            return 0
+        total = 0
+        for _, path in list_segments(self.spec.folder):
+            try:
+                total += path.stat().st_size
+            except FileNotFoundError:
+                continue
+        return total
+
+    def unsynced_bytes(self) -> int:
+        """Still to copy or compare; the whole volume while that has not begun."""
+        if self.remaining_bytes is not None:
+            return self.remaining_bytes
+        return 0 if self.copied and not self.resync else self.spec.size_bytes
+
+    def hello(self) -> m.VolumeHello:
+        """How HELLO and VOLUME-ADD introduce it."""
+        spec = self.spec
+        return m.VolumeHello(
+            spec.id, spec.name, spec.size_bytes, spec.sector_bytes, self.name_state(), self.capture_mode()
+        )
+
+    def volume_status(self) -> m.VolumeStatus | None:
+        """What PONG says of it, from the tap's page at this moment; None while there is no tap."""
+        state = self.state_or_none()
+        if state is None:
+            return None
+        return m.VolumeStatus(
+            self.spec.id,
+            state.incarnation,
+            state.captured_lsn,
+            state.durable_lsn,
+            self.backlog_bytes(),
+            self.capture_mode(),
+            self.name_state(),
+        )
+
+    def close(self) -> None:
+        """Let go of the page."""
+        if self._page is not None:
+            self._page.close()
+            self._page = None
+
+    def _remember(self) -> None:
+        content = json.dumps({"paused": self._paused, "copied": self._copied})
+        write_private(self.spec.folder / FILE_NAME, content.encode())
+
+
+def _remembered(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,603 @@
+"""One session with the process server, from WELCOME to the end of the control connection.
+
+Four tasks: receive, send (journals and MARKs, in order), take cuts, copy. What each decides is in the pure
+modules beside this one; what a session leaves behind for the next is in `Replica`.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
+
+from agent.journal.errors import JournalGap
+from agent.journal.state import BITMAP, DATA, FAILED, RESYNC_REQUIRED, State
+from agent.link import Link, LinkDown
+from agent.replicate import copier, cuts
+from agent.replicate.copiers import CopierPool, setup_for
+from agent.replicate.copyrule import AcceptedCopy, CopyRule
+from agent.replicate.delta import Delta, Frame
+from agent.replicate.job import Job, dirty_units, whole_volume
+from agent.replicate.ports import DirtyRegions, Journal, Tap
+from agent.replicate.replica import Replica
+from farshore.errors import CorruptRecord, FarshoreError, Unreachable
+from farshore.failpoints import failpoint
+from farshore.hrl.cut import Cut
+from farshore.telemetry import get_logger
+from farshore.wire import messages as m
+
+POLL_S: Final = 0.02
+"""How often the state pages are looked at for new durable records."""
+PLAN_S: Final = 0.1
+MARKS_UNACKED_MAX: Final = 64
+"""Cuts on their way to the vault; with more, the next ones wait and one covers them all."""
+COMMANDS_MAX: Final = 32
+OPEN_S: Final = 10.0
+
+log = get_logger()
+
+
+class Restart(Exception):
+    """The session must begin again at once: continuity of a volume changed under it."""
+
+
+class Counters(Protocol):
+    """Where a session counts; `agent.metrics` implements it."""
+
+    def sent(self, stage: str, count: int) -> None: ...
+
+    def record(self, what: str, count: int) -> None: ...
+
+
+class Session:
+    """State of one session; `run` returns only by raising LinkDown or Restart, or cancelled."""
+
+    def __init__(
+        self,
+        link: Link,
+        welcome: m.Welcome,
+        replicas: dict[bytes, Replica],
+        tap: Tap,
+        counters: Counters,
+        command: Callable[[m.Command], Awaitable[m.Result]],
+    ) -> None:
+        self.link, self.welcome, self.policy = link, welcome, welcome.policy
+        self.replicas, self.tap, self.counters = replicas, tap, counters
+        self._command = command
+        self.streams: dict[bytes, cuts.Stream] = {}
+        self._positions: dict[bytes, m.VolumePosition] = {}
+        self._pending = cuts.PendingCuts()
+        self._works: dict[int, tuple[cuts.Stream, Job]] = {}
+        self._heals: dict[bytes, DirtyRegions] = {}
+        self._last_cut: dict[bytes, int] = {}
+        self._last_fuzzy = True
+        self._unacked: dict[int, m.Mark] = {}
+        self._since_mark = (0, 0)
+        self._send_now = asyncio.Event()
+        self._cut_now = asyncio.Event()
+        self._commands: asyncio.Queue[m.Command] = asyncio.Queue(COMMANDS_MAX)
+        self._began = time.monotonic()
+        self.acked = False
+        for position in welcome.volumes:
+            self._place(position)
+        self.pool = CopierPool(
+            self,
+            setup_for(link.server, welcome.session, self.policy.credit_bytes, self.policy.chunk_bytes),
+            count=max(1, min(8, self.policy.copy_connections)),
+            numbers=itertools.count(1),
+        )
+
+    async def run(self) -> None:
+        """Replicate until the link or the session ends.
+
+        Raises:
+            LinkDown: The connection ended, with the reason.
+            Restart: Connect again now.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for task in (
+                    self._receive,
+                    self._send,
+                    self._take_cuts,
+                    self._plan,
+                    self._run_commands,
+                    self.pool.run,
+                ):
+                    tasks.create_task(task(), name=f"session-{task.__name__}")
+        except* Exception as group:
+            first = _first(group)
+            raise first from first.__cause__
+        finally:
+            for replica in self.replicas.values():
+                replica.remaining_bytes = None
+
+    # --- volumes ---
+
+    async def add(self, replica: Replica) -> None:
+        """Tell the server of a volume protected while connected."""
+        await self.link.send(m.VolumeAdd(replica.hello()))
+
+    async def remove(self, replica: Replica) -> None:
+        """A volume is not protected any more."""
+        self.streams.pop(replica.spec.id, None)
+        self._positions.pop(replica.spec.id, None)
+        await self.link.send(m.VolumeRemove(replica.spec.id))
+
+    def want_cut(self) -> None:
+        """Take the next cut now."""
+        self._cut_now.set()
+
+    async def cut(self, tag: str | None) -> int:
+        """Take a cut now and return the cut_seq that its MARK will have. Raises Unreachable."""
+        cut = await self.tap.cut(tag)
+        self._took(cut)
+        return cut.seq << cuts.SEQ_SHIFT
+
+    async def resync(self, replica: Replica) -> None:
+        """Compare a whole volume again, at somebody's wish."""
+        stream = self.streams.get(replica.spec.id)
+        if stream is not None:
+            self._drop_job(stream)
+            stream.copied, stream.resync = False, True
+            replica.resync = True
+
+    def _place(self, position: m.VolumePosition) -> None:
+        """A volume is in the session from here on, and so in every MARK; it sends when it is opened."""
+        if position.id not in self.replicas:
+            return
+        self._positions[position.id] = position
+        rule = CopyRule(position.lsn, position.copy_end)
+        journal = self.replicas[position.id].journal
+        stream = cuts.Stream(position.id, Delta(position.id, journal, rule), rule, False, position.copied)
+        stream.mark = (position.incarnation, position.lsn)
+        stream.delta.at(position.incarnation, position.lsn)
+        self.streams[position.id] = stream
+
+    async def _open(self, replica: Replica) -> None:
+        """Find where the journal goes on behind what the vault has; without that, begin a resync.
+
+        Raises:
+            Unreachable: The tap is not there; tried again later.
+        """
+        id = replica.spec.id
+        position = self._positions[id]
+        state = replica.state()
+        journal = replica.journal
+        stream = self.streams[id]
+        copied, resync = position.copied, bool(state.flags & RESYNC_REQUIRED)
+        try:
+            if not position.lsn and not any(position.incarnation):
+                await asyncio.to_thread(_start_at_first, journal)
+            elif not await asyncio.to_thread(
+                journal.position, position.incarnation, position.lsn, position.digest
+            ):
+                log.warning("continuity_lost", volume=replica.spec.name, vaulted_lsn=position.lsn)
+                await self.tap.resync_required(id, position.lsn, position.ordinal)
+                failpoint("agent.after_resync_required")
+                replica.safe.clear()
+                await asyncio.to_thread(journal.start_at_newest)
+                resync = True
+        except (CorruptRecord, JournalGap) as error:
+            log.error("journal_not_readable", volume=replica.spec.name, error=str(error))
+            await self.tap.resync_required(id, position.lsn, position.ordinal)
+            raise Restart from error
+        stream.resync = replica.resync = resync
+        stream.copied = replica.copied = copied and not resync
+        stream.paused = replica.paused
+        stream.opened = True
+
+    # --- receiving ---
+
+    async def _receive(self) -> None:
+        while True:
+            message = await self.link.receive()
+            match message:
+                case m.Ping(id=id):
+                    await self.link.send(m.Pong(id, tuple(self._statuses())))
+                case m.Credit(bytes=count):
+                    self.link.add_credit(count)
+                case m.Ack():
+                    await self._acknowledged(message)
+                case m.Policy():
+                    self.policy = message
+                case m.Command():
+                    try:
+                        self._commands.put_nowait(message)
+                    except asyncio.QueueFull:
+                        await self.link.send(m.Result(message.id, False, "too many commands at once"))
+                case m.VolumeAdded(position=position):
+                    if position.id not in self.streams:
+                        self._place(position)
+                case m.Error(volume=volume, code=code, text=text):
+                    await self._volume_refused(volume, code, text)
+                case _:
+                    raise LinkDown("protocol", "an unexpected frame", why=type(message).__name__)
+
+    def _statuses(self) -> list[m.VolumeStatus]:
+        return [
+            status for replica in self.replicas.values() if (status := replica.volume_status()) is not None
+        ]
+
+    async def _volume_refused(self, volume: bytes | None, code: str, text: str) -> None:
+        """The server cannot take a volume's records: it has others under that name, or some are missing."""
+        replica = self.replicas.get(volume or b"")
+        log.error("volume_refused", volume=replica.spec.name if replica else "", code=code, error=text)
+        if replica is not None and code in ("gap", "conflict"):
+            state = replica.state()
+            position = self._positions[replica.spec.id]
+            await self.tap.resync_required(
+                replica.spec.id, max(state.captured_lsn, position.lsn), position.ordinal
+            )
+            replica.safe.clear()
+        raise LinkDown(code, "the server refused a volume", why=text)
+
+    async def _acknowledged(self, ack: m.Ack) -> None:
+        if ack.level != "vaulted":
+            return
+        failpoint("agent.before_ack_taken")
+        self.acked = True
+        mark: m.Mark | None = None
+        for seq in [seq for seq in self._unacked if seq <= ack.cut_seq]:
+            mark = self._unacked.pop(seq)
+        copied = {volume.volume for volume in mark.volumes if volume.copied} if mark else set()
+        for vaulted in ack.volumes:
+            stream, replica = self.streams.get(vaulted.id), self.replicas.get(vaulted.id)
+            if stream is None or replica is None:
+                continue
+            stream.rule.vaulted(vaulted.lsn)
+            replica.vaulted_lsn = vaulted.lsn
+            self._positions[vaulted.id] = _moved(self._positions[vaulted.id], vaulted, stream)
+            for token in cuts.vaulted_tokens(stream, ack.cut_seq):
+                if stream.job is not None:
+                    stream.job.token_vaulted(token)
+            if stream.job is not None and stream.job.kind != "heal":
+                replica.safe |= stream.job.safe
+            await self._quietly(self.tap.vaulted(vaulted.id, vaulted.incarnation, vaulted.lsn))
+            if vaulted.id in copied:
+                await self._copied(stream, replica, offerable=ack.consistency != "fuzzy")
+        self.counters.record("points", 1)
+        self._send_now.set()
+
+    async def _copied(self, stream: cuts.Stream, replica: Replica, *, offerable: bool) -> None:
+        """The vault has all of the volume."""
+        if stream.job is not None and stream.job.kind != "heal":
+            self._end_job(stream)
+        if not offerable:
+            return
+        if replica.state().flags & RESYNC_REQUIRED and stream.resync:
+            await self._quietly(self.tap.resync_done(stream.id))
+        stream.resync = replica.resync = False
+        replica.safe.clear()
+        if not replica.copied:
+            log.info("volume_protected", volume=replica.spec.name)
+        replica.copied = True
+
+    async def _quietly(self, call: Awaitable[None]) -> None:
+        """What the tap misses now it is told again with the next ACK."""
+        try:
+            await call
+        except Unreachable as error:
+            log.warning("tap_not_reached", error=str(error))
+
+    async def _run_commands(self) -> None:
+        while True:
+            command = await self._commands.get()
+            await self.link.send(await self._command(command))
+
+    # --- sending ---
+
+    async def _send(self) -> None:
+        while True:
+            self._send_now.clear()
+            busy = False
+            for id, replica in list(self.replicas.items()):
+                stream = self.streams.get(id)
+                if stream is not None and stream.sending:
+                    busy |= await self._send_records(stream, replica)
+            busy |= await self._send_marks()
+            if not busy:
+                try:
+                    async with asyncio.timeout(POLL_S):
+                        await self._send_now.wait()
+                except TimeoutError:
+                    pass
+
+    async def _send_records(self, stream: cuts.Stream, replica: Replica) -> bool:
+        """Send about one frame of a volume; tell whether there was anything."""
+        state = replica.state_or_none()
+        if state is None:
+            return False
+        here = stream.delta.incarnation
+        if here is not None and stream.delta.place == (state.incarnation, state.durable_lsn):
+            return False
+        try:
+            durable = (state.incarnation, state.durable_lsn)
+            resync = state.incarnation if stream.resync else b""
+            frames = await asyncio.to_thread(stream.delta.read, durable, resync)
+        except (CorruptRecord, JournalGap) as error:
+            log.error("journal_not_readable", volume=replica.spec.name, error=str(error))
+            position = self._positions[stream.id]
+            await self.tap.resync_required(stream.id, max(position.lsn, state.captured_lsn), position.ordinal)
+            replica.safe.clear()
+            raise Restart from error
+        for frame in frames:
+            if self.streams.get(stream.id) is not stream:
+                return True
+            await self._send_frame(stream, frame)
+        return bool(frames)
+
+    async def _send_frame(self, stream: cuts.Stream, frame: Frame) -> None:
+        stream.delta.was_sent(frame)
+        for cut in frame.cuts:
+            self._pending.add(cut)
+        if frame.raw is None:
+            await self.link.send(frame.message)
+            return
+        assert isinstance(frame.message, m.Data)
+        await self.link.send_raw(frame.message, frame.raw)
+        self.counters.sent("raw", len(frame.raw))
+        records, size = self._since_mark
+        self._since_mark = (records + sum(len(rows) for _, rows in frame.batches), size + len(frame.raw))
+
+    def _all_open(self) -> bool:
+        """Every volume found its place; one that cannot is not waited for longer than a moment."""
+        if all(stream.opened for stream in self.streams.values()):
+            return True
+        return time.monotonic() - self._began > OPEN_S
+
+    async def _send_marks(self) -> bool:
+        sent = False
+        if not self._all_open():
+            return False
+        while (cut := self._pending.first()) is not None:
+            if cuts.lost(cut, self.streams):
+                log.info("cut_skipped", seq=cut.seq, tag=cut.tag)
+                self._pending.remove(cut)
+                continue
+            if not cuts.ready(cut, self.streams):
+                break
+            self._pending.remove(cut)
+            await self._send_mark(cut, cut.seq << cuts.SEQ_SHIFT)
+            sent = True
+        records, size = self._since_mark
+        if records > cuts.OWN_RECORDS or size > cuts.OWN_BYTES:
+            seq = self._pending.own_seq()
+            if seq is not None:
+                dirty = any(
+                    state is None or state.dirty_regions > 0 or state.capture_mode != DATA
+                    for state in (replica.state_or_none() for replica in self.replicas.values())
+                )
+                await self._send_mark(cuts.own_cut(self.streams, time.time_ns(), dirty=dirty), seq)
+                sent = True
+        return sent
+
+    async def _send_mark(self, cut: Cut, seq: int) -> None:
+        mark = cuts.make_mark(cut, seq, self.streams)
+        self._since_mark = (0, 0)
+        self._unacked[seq] = mark
+        self._last_fuzzy = cuts.is_fuzzy(mark)
+        failpoint("agent.before_mark")
+        await self.link.send(mark)
+        failpoint("agent.after_mark")
+
+    # --- cuts ---
+
+    async def _take_cuts(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(max(0.05, self.policy.point_interval_s)):
+                    await self._cut_now.wait()
+                    # What comes within a moment belongs to the same cut.
+                    await asyncio.sleep(0.02)
+            except TimeoutError:
+                pass
+            self._cut_now.clear()
+            if len(self._unacked) >= MARKS_UNACKED_MAX or not self._needs_cut():
+                continue
+            try:
+                self._took(await self.tap.cut(None))
+            except Unreachable as error:
+                log.warning("no_cut", error=str(error))
+
+    def _took(self, cut: Cut) -> None:
+        self._pending.add(cut)
+        for entry in cut.volumes:
+            self._last_cut[entry.volume] = entry.lsn
+        self._send_now.set()
+
+    def _needs_cut(self) -> bool:
+        """Records came, copies wait, or a point would be better than the last."""
+        better = self._last_fuzzy and bool(self.streams)
+        for id, stream in self.streams.items():
+            replica = self.replicas.get(id)
+            state = replica.state_or_none() if replica is not None else None
+            if state is None or not stream.sending:
+                better = False
+                continue
+            if state.captured_lsn > self._last_cut.get(id, stream.mark[1]):
+                return True
+            job = stream.job
+            if stream.rule.waiting or (
+                job is not None and job.kind != "heal" and job.finished and not stream.copied
+            ):
+                return True
+            if state.dirty_regions or state.capture_mode != DATA or not stream.copied:
+                better = False
+            if state.captured_lsn < stream.rule.copy_end:
+                better = False
+        return better and not self._unacked
+
+    # --- copying ---
+
+    async def _plan(self) -> None:
+        while True:
+            for id, replica in list(self.replicas.items()):
+                if id not in self.streams:
+                    continue
+                try:
+                    await self._plan_volume(replica)
+                except Unreachable as error:
+                    log.debug("tap_not_there", volume=replica.spec.name, error=str(error))
+                except FarshoreError as error:
+                    log.error("copy_not_planned", volume=replica.spec.name, error=str(error))
+            await self.pool.work_arrived()
+            await asyncio.sleep(PLAN_S)
+
+    async def _plan_volume(self, replica: Replica) -> None:
+        stream = self.streams[replica.spec.id]
+        if not stream.opened:
+            await self._open(replica)
+            return
+        state = replica.state()
+        if state.flags & RESYNC_REQUIRED and not stream.resync:
+            # The tap found out, or was told, that writes may have passed it by.
+            replica.safe.clear()
+            raise Restart
+        stream.paused = replica.paused
+        if stream.paused or stream.delta.incarnation is None or state.flags & FAILED:
+            return
+        if stream.job is not None:
+            replica.remaining_bytes = stream.job.remaining_bytes
+            replica.total_bytes = stream.job.total_bytes
+            if stream.job.kind == "heal" and stream.job.vaulted and not stream.rule.waiting:
+                await self._healed(stream)
+            return
+        if not stream.copied:
+            self._start_full(stream, replica, state)
+        elif state.dirty_regions and state.capture_mode == DATA:
+            dirty = await self.tap.dirty(stream.id)
+            units = dirty_units(
+                dirty.regions, dirty.region_bytes, self.policy.chunk_bytes, replica.spec.size_bytes
+            )
+            # Taken after the round began: no write of the round's regions went past the journal later.
+            job = Job("heal", units, compare=True, after=replica.state().captured_lsn)
+            self._heals[stream.id] = dirty
+            self._begin(stream, job)
+            log.info("healing_started", volume=replica.spec.name, bytes=job.total_bytes)
+
+    def _start_full(self, stream: cuts.Stream, replica: Replica, state: State) -> None:
+        empty = self._positions[stream.id].empty
+        units = whole_volume(replica.spec.size_bytes, replica.safe)
+        # Whatever the vault has was perhaps made before writes that went past the journal.
+        after = 0 if empty and not stream.resync else state.captured_lsn
+        job = Job("resync" if stream.resync else "initial", units, compare=not empty, after=after)
+        self._begin(stream, job)
+        log.info(
+            "copying_started",
+            volume=replica.spec.name,
+            kind=job.kind,
+            bytes=job.total_bytes,
+            compare=job.compare,
+        )
+
+    def _begin(self, stream: cuts.Stream, job: Job) -> None:
+        stream.rule.track()
+        stream.job = job
+        if job.finished:
+            self.want_cut()
+
+    async def _healed(self, stream: cuts.Stream) -> None:
+        dirty = self._heals.pop(stream.id)
+        failpoint("agent.before_dirty_clear")
+        await self.tap.dirty_clear(stream.id, dirty.round, dirty.regions)
+        self._end_job(stream)
+        self.want_cut()
+        log.info("healed", volume=self.replicas[stream.id].spec.name, regions=len(dirty.regions))
+
+    def _end_job(self, stream: cuts.Stream) -> None:
+        stream.job = None
+        stream.rule.forget()
+        replica = self.replicas[stream.id]
+        replica.remaining_bytes = None
+
+    def _drop_job(self, stream: cuts.Stream) -> None:
+        """Its work under way goes on and is placed; nobody counts it."""
+        stream.job = None
+
+    def next_work(self, number: int) -> copier.Work | None:
+        """For the copiers: the next unit of any volume whose copy rule allows reading now."""
+        for stream in self.streams.values():
+            job = stream.job
+            replica = self.replicas.get(stream.id)
+            if job is None or not job.waiting or stream.paused or replica is None:
+                continue
+            state = replica.state_or_none()
+            if state is None or not stream.rule.ready(state.applied_lsn, job.after):
+                continue
+            if job.kind == "heal" and state.capture_mode == BITMAP:
+                continue
+            unit = job.take(number)
+            if unit is None:
+                continue
+            stream.rule.reading(number, state.applied_lsn)
+            self._works[number] = (stream, job)
+            volume = copier.Volume(stream.id, str(replica.spec.disk), str(replica.spec.state_page))
+            return copier.Work(number, volume, unit.offset, unit.length, job.compare)
+        return None
+
+    def taken(self, message: copier.Taken) -> None:
+        """For the copiers: the server has a COPY."""
+        found = self._works.get(message.work)
+        if found is None:
+            return
+        stream, job = found
+        stream.rule.seen(message.captured_lsn)
+        stream.rule.accepted(AcceptedCopy(message.token, message.offset, message.length, message.applied_lsn))
+        job.accepted(message.work, message.token)
+
+    def done(self, message: copier.Done) -> None:
+        """For the copiers: a unit is finished."""
+        found = self._works.pop(message.work, None)
+        if found is None:
+            return
+        stream, job = found
+        stream.rule.seen(message.captured_lsn)
+        stream.rule.read(message.work)
+        job.done(message.work)
+        self.counters.sent("raw", message.sent_bytes)
+        self.counters.sent("wire", message.wire_bytes)
+        for what in ("sent_bytes", "referenced_bytes", "zero_bytes", "same_bytes"):
+            self.counters.record(what, getattr(message, what))
+        if job.finished and stream.job is job:
+            self.want_cut()
+
+    def given_back(self, numbers: list[int], reason: str, text: str) -> None:
+        """For the copiers: one of them is gone."""
+        for number in numbers:
+            found = self._works.pop(number, None)
+            if found is not None:
+                stream, job = found
+                stream.rule.read(number)
+                job.give_back(number)
+                if reason == "disk":
+                    self.replicas[stream.id].problem = f"the disk cannot be read: {text}"
+
+
+def _start_at_first(journal: Journal) -> None:
+    """The vault has nothing, so any beginning will do: a compare follows in any case. Raises JournalGap."""
+    try:
+        journal.start_at_oldest()
+    except JournalGap:
+        journal.start_at_newest()
+
+
+def _moved(position: m.VolumePosition, vaulted: m.Vaulted, stream: cuts.Stream) -> m.VolumePosition:
+    here = stream.delta.incarnation
+    ordinal = here.incarnation.ordinal if here is not None else position.ordinal
+    return m.VolumePosition(
+        position.id,
+        vaulted.incarnation,
+        max(position.ordinal, ordinal),
+        vaulted.lsn,
+        vaulted.digest,
+        stream.copied,
+        stream.rule.copy_end,
+        False,
+    )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One exception stands for all that a dying session raised: what nobody expected, else the first."""
+    leaves = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in group.exceptions]
+    return next((leaf for leaf in leaves if not isinstance(leaf, LinkDown | Restart)), leaves[0])
