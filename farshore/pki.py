@@ -474,8 +474,7 @@ def server_context(
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _restrict(context, alpn)
-    with _as_file(certificate + b"\n" + private_key) as path:
-        context.load_cert_chain(path)
+    use_certificate(context, certificate, private_key)
     # A resumed session would not look at the certificate again; a ticket nobody reads costs the tail (a RST).
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET
@@ -507,8 +506,7 @@ def client_context(
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=ca.decode())
     if certificate is not None and private_key is not None:
-        with _as_file(certificate + b"\n" + private_key) as path:
-            context.load_cert_chain(path)
+        use_certificate(context, certificate, private_key)
 
     def check(peer: ssl.SSLObject | ssl.SSLSocket) -> None:
         try:
@@ -532,6 +530,12 @@ def client_context(
     context.sslobject_class = CheckedObject
     context.sslsocket_class = CheckedSocket
     return context
+
+
+def use_certificate(context: ssl.SSLContext, certificate: bytes, private_key: bytes) -> None:
+    """Show this certificate (both PEM) in handshakes from now on; a context in use may be given another."""
+    with _as_file(certificate + b"\n" + private_key) as path:
+        context.load_cert_chain(path)
 
 
 def _restrict(context: ssl.SSLContext, alpn: str) -> None:

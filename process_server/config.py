@@ -175,7 +175,7 @@ def read_slot_key(directory: Path, config: ServerConfig) -> bytes:
     """Return this server's key to the vault, from where ``[keys] source`` says.
 
     Raises:
-        ConfigError: There is none, others can read it, or it is not 32 bytes. What was read is never repeated.
+        ConfigError: There is none, others can read it, or it is not 32 bytes. The error never repeats it.
     """
     kind, _, value = config.keys.source.partition(":")
     if kind == "prompt":
