@@ -25,6 +25,7 @@ from farshore.wire import messages as m
 from process_server.config import ServerConfig, parse_listen
 from process_server.ingest import ipc
 from process_server.ingest.machine import CUTS_MAX, InlinePack, Machine, PacksLost, read_head
+from process_server.ingest.maps import MapKeeper, rebuild_index
 from process_server.ingest.metrics import IngestMetrics
 from process_server.ingest.pool import WorkerPool, WorkerProcess
 from process_server.ingest.resync import BlockTable, build_table, extend_table
@@ -127,6 +128,10 @@ class ProcessServer:
         self._config, self._store, self._keys, self._control = config, store, keys, control
         self._clock, self._identity = clock, identity
         self._index = index if index is not None else DedupIndex()
+        self._rebuild = index is None
+        # Packs stored while the index is rebuilt from the vault: added to the rebuilt one, too.
+        self._meanwhile: list[tuple[bytes, list[bytes], bytes]] | None = None
+        self._maps = MapKeeper(store, keys, clock)
         self._tls = Tls(b"", b"", b"")
         self._writer, self._generation = b"", 0
         self._known: dict[bytes, str] = {}
@@ -174,6 +179,9 @@ class ProcessServer:
                 loop.add_reader(listener.fileno(), self._accept, listener)
                 group.create_task(self._ping(), name="ping")
                 group.create_task(self._recheck(), name="recheck")
+                group.create_task(self._maps.run(), name="maps")
+                if self._rebuild:
+                    group.create_task(self._rebuild_index(), name="rebuild-index")
                 self.ready.set()
                 try:
                     await workers
@@ -742,7 +750,7 @@ class ProcessServer:
                 self.end_session(session, "retry", "a pack could not be stored")
         else:
             if session is not None:
-                self._index.add(message.pack, _split_ids(ids), session.machine)
+                self._index_add(message.pack, _split_ids(ids), session.machine)
                 session.unstored.discard(message.pack)
         self._wake(self._packs_changed)
 
@@ -797,7 +805,7 @@ class ProcessServer:
 
     async def store(self, session: Session, pack: InlinePack) -> None:
         await asyncio.to_thread(put_same, self._store, pack_name(pack.id), pack.body)
-        self._index.add(pack.id, _split_ids(pack.ids), session.machine)
+        self._index_add(pack.id, _split_ids(pack.ids), session.machine)
         session.unstored.discard(pack.id)
 
     async def stored(self, session: Session, packs: set[bytes]) -> None:
@@ -805,6 +813,24 @@ class ProcessServer:
             await self._packs_changed.wait_for(lambda: bool(session.lost) or not packs & session.unstored)
         if packs & session.unstored:
             raise PacksLost("a pack was not stored", why=session.lost)
+
+    def _index_add(self, pack: bytes, ids: list[bytes], machine: bytes) -> None:
+        self._index.add(pack, ids, machine)
+        if self._meanwhile is not None:
+            self._meanwhile.append((pack, ids, machine))
+
+    async def _rebuild_index(self) -> None:
+        """Fill the index from the vault, beside the work: until then what is there is stored once more."""
+        if not self._known:
+            return
+        self._meanwhile = []
+        started = self._clock.monotonic()
+        rebuilt = await asyncio.to_thread(rebuild_index, self._store, self._keys, list(self._known))
+        for pack, ids, machine in self._meanwhile:
+            rebuilt.add(pack, ids, machine)
+        self._index, self._meanwhile = rebuilt, None
+        duration_s = round(self._clock.monotonic() - started, 3)
+        log.info("index_rebuilt", chunks=len(rebuilt), duration_s=duration_s)
 
     # --- machines ---
 
@@ -846,6 +872,10 @@ class ProcessServer:
         """A commit is vaulted and its agent told: what follows may fail without harm."""
         self.metrics.commits.inc()
         await self._extend_tables(machine, head)
+        try:
+            await self._maps.note(machine.id, head, tables)
+        except FarshoreError as exc:
+            log.warning("map_not_noted", machine=machine.name, error=str(exc))
         if self._on_commit is not None:
             try:
                 await self._on_commit(machine.id, head)

@@ -150,6 +150,9 @@ class Machine:
             Fenced: The agent has seen a newer owner than the chain shows us.
             FarshoreError: Of the store.
         """
+        if self.chain.is_pending:
+            await asyncio.to_thread(self.chain.settle)
+            self.head = await asyncio.to_thread(read_head, self.chain)
         if not self.chain.is_owner or epoch_seen > self.chain.epoch:
             await asyncio.to_thread(self.chain.load_head)
             if epoch_seen > self.chain.epoch:
@@ -220,6 +223,9 @@ class Machine:
             except FarshoreError as exc:
                 log.error("commit_failed", machine=self.name, error=str(exc))
                 self._drop(session, "retry" if exc.retryable else "internal", exc.what)
+            except Exception as exc:
+                log.exception("commit_failed", machine=self.name)
+                self._drop(session, "internal", f"the server failed on this commit: {type(exc).__name__}")
             finally:
                 self._committing = []
                 if session.ended:
