@@ -30,6 +30,11 @@ class Verb(NamedTuple):
 # second whatever the roles import. A new verb is one line here.
 VERBS: Final[dict[str, Verb]] = {
     "demo": Verb("farshore.cli.demo:command", "Lose everything but the vault, and get it back."),
+    "server": Verb("farshore.cli.server:command", "Make, take over and run a process server."),
+    "token": Verb("farshore.cli.token:command", "Make a token with which a machine enrols."),
+    "agent": Verb("farshore.cli.agent:command", "Enrol a machine and run its agent."),
+    "machine": Verb("farshore.cli.machine:command", "List and revoke machines."),
+    "status": Verb("farshore.cli.status:command", "Show every machine, the one in most trouble first."),
     "point": Verb("farshore.cli.point:command", "List and create recovery points."),
     "recover": Verb("farshore.cli.recover:command", "Write volumes at a point to files or a device."),
     "export": Verb("farshore.cli.export:command", "Serve a volume at a point over NBD."),

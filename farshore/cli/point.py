@@ -5,7 +5,10 @@ from pathlib import Path
 
 import click
 
+from farshore.cli.clientopts import client_option, open_client
 from farshore.cli.vaultopts import vault_options
+from farshore.errors import UsageError
+from farshore.units import parse_duration
 
 
 @click.group("point", context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,6 +31,37 @@ def list_command(
     access = open_access(vault=vault, recovery_key_file=recovery_key_file, server_dir=server_dir)
     points = [point.as_dict() for point in list_points(find_machine(access.store, access.keys, machine))]
     print(json.dumps(points) if as_json else table(points))
+
+
+@command.command("create")
+@click.argument("machine")
+@click.option("--tag", required=True, metavar="TEXT", help="What to find it by.")
+@click.option(
+    "--wait", type=click.Choice(["vaulted"]), default="vaulted", help="Return when it is; the default."
+)
+@click.option("--timeout", default="60s", metavar="DURATION", help="Give up waiting after this; default 60s.")
+@client_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def create_command(
+    machine: str, tag: str, wait: str, timeout: str, client_file: Path | None, as_json: bool
+) -> None:
+    """Mark this moment of MACHINE's volumes as a recovery point."""
+    try:
+        timeout_s = parse_duration(timeout)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if not 0 < timeout_s <= 3600:
+        raise UsageError("not a time to wait", where=timeout, fix="give a --timeout up to 1h")
+    if not 0 < len(tag) <= 200:
+        raise UsageError("not a tag", fix="use 1 to 200 characters")
+    made = open_client(client_file).post(
+        "machines",
+        machine,
+        "points",
+        body={"tag": tag, "timeout_seconds": timeout_s},
+        timeout_s=timeout_s + 15,
+    )
+    print(json.dumps({"point": made["point"]}) if as_json else made["point"])
 
 
 def table(points: list[dict[str, object]]) -> str:
