@@ -159,7 +159,7 @@ class Replicator:
             await asyncio.sleep(pause_s)
 
     def _down(self, reason: str, text: str) -> None:
-        was_connected, self._session, self.connected_at = self._session is not None, None, None
+        was_connected, self._session, self.connected_at = self.connected_at is not None, None, None
         self.reason = text
         self._metrics.disconnected(reason)
         log.warning("link_down", reason=reason, error=text, was_connected=was_connected)
