@@ -44,6 +44,8 @@ class Connection(asyncio.BufferedProtocol):
 
     Attributes:
         id: As the main process numbered it.
+        authenticated: HELLO or ATTACH was accepted.
+        quiet: A data connection.
         code, text: Why it was closed; empty when the peer left.
     """
 
@@ -57,7 +59,7 @@ class Connection(asyncio.BufferedProtocol):
     ) -> None:
         self.id = id
         self.code = self.text = ""
-        self.authenticated = False
+        self.authenticated = self.quiet = False
         self.heard_at = self.opened_at = time.monotonic()
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
@@ -170,8 +172,10 @@ class Connection(asyncio.BufferedProtocol):
         """Tell whether the peer has been silent, or without a name, for too long."""
         if not self.authenticated:
             return now - self.opened_at > UNAUTHENTICATED_S
-        # What we do not read cannot be heard.
-        return not self._paused and now - self.heard_at > SILENCE_S
+        # What we do not read cannot be heard. PING goes over control connections only: another one may be
+        # silent between frames, since it ends with its session.
+        between = self.quiet and self._stage == 0 and not self._filled
+        return not self._paused and not between and now - self.heard_at > SILENCE_S
 
     # --- TLS and frames ---
 

@@ -99,7 +99,6 @@ class Line:
         self.held_bytes = 0
         self.queued = 0
         self._credit = 0
-        self.control = False
         self.waiting_position = asyncio.Event()
         self.waiting_position.set()
         self._incoming: asyncio.Queue[Work | None] = asyncio.Queue()
@@ -414,8 +413,8 @@ class Worker:
             )
         session.sizes.update(admit.volumes)
         line.session, line.session_id = session, admit.session
-        line.credit_bytes, line.control = admit.credit_bytes, admit.control
-        line.connection.authenticated = True
+        line.credit_bytes = admit.credit_bytes
+        line.connection.authenticated, line.connection.quiet = True, not admit.control
 
     def _position(self, position: ipc.Position) -> None:
         line = self.lines.get(position.connection)
