@@ -83,7 +83,7 @@ class Chain:
 
     @property
     def is_pending(self) -> bool:
-        """A commit was sent and nobody knows if it is there: only `settle` (or `fence`) may be called."""
+        """A commit was sent, and nobody knows if it is there: `settle` it, or `fence` again, first."""
         return self._pending is not None
 
     def load_head(self) -> Commit | None:
@@ -196,7 +196,7 @@ class Chain:
         """Take the chain over: create the next commit as a fence of the next epoch; commits met are followed.
 
         The fence repeats the volumes of the commit before it: the newest commit says where each stands.
-        After an error of the store call it again: what was pending is settled first.
+        After an error of the store call it again: the fence that was sent is settled first.
 
         Args:
             machine_name: As in `CommitHead`.
@@ -208,21 +208,17 @@ class Chain:
             Sequence number and digest of our fence.
 
         Raises:
-            Conflict: Others kept taking the place.
+            Conflict: A commit of data is pending: `settle` it first. Or others kept taking the place.
             IntegrityError: The chain is damaged.
             FarshoreError: Of the store.
         """
         if self._writer_id == READER:
             raise ValueError("a reader cannot own a chain")
-        if self._pending is not None:
-            was_fence = self._pending.head.kind == "fence"
+        if self._pending is not None and self._pending.head.kind == "fence":
             try:
-                settled = self.settle()
+                return self.settle()
             except Fenced:
                 pass
-            else:
-                if was_fence:
-                    return settled
         # Not from what we knew: if that is old, what came after it may be retired and look like the end.
         self.load_head()
         for _ in range(FENCE_TRIES_MAX):
