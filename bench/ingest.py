@@ -242,9 +242,14 @@ async def run(options: argparse.Namespace, root: Path) -> None:
         agent_cpu = sum(cpu for _, cpu in results)
         stored = sum(found.stat().st_size for found in (root / "vault" / "p").rglob("*") if found.is_file())
         print(f"{size / 1e9:.2f} GB, {os.cpu_count()} cores, Python {platform.python_version()}")
-        print(f"vaulted in {elapsed:.2f} s ({accepted:.2f} s to the last ACCEPTED): {size / 1e6 / elapsed:.0f} MB/s")
-        print(f"server CPU {sum(server_cpu.values()):.1f} s: " + " ".join(f"{v:.1f}" for v in server_cpu.values()))
-        print(f"senders CPU {agent_cpu:.1f} s; stored {stored / 1e9:.2f} GB; server PSS at most {peak:.0f} MiB")
+        print(
+            f"vaulted in {elapsed:.2f} s, {size / 1e6 / elapsed:.0f} MB/s; last ACCEPTED at {accepted:.2f} s"
+        )
+        each = " ".join(f"{value:.1f}" for value in server_cpu.values())
+        print(
+            f"server CPU {sum(server_cpu.values()):.1f} s ({each}), senders {agent_cpu:.1f} s"
+        )
+        print(f"stored {stored / 1e9:.2f} GB; server PSS at most {peak:.0f} MiB")
         if options.verify:
             left = blake3(site.image(agent.volume)).digest() == blake3(image.read_bytes()).digest()
             print("image read back equal" if left else "IMAGE DIFFERS")

@@ -226,7 +226,7 @@ class ProcessServer:
     def status(self) -> dict[str, object]:
         """Return what ``farshore status --json`` prints (DESIGN, section 11)."""
         now = self._clock.monotonic()
-        machines = sorted(self._machines.values(), key=lambda machine: machine.name)
+        machines = sorted(list(self._machines.values()), key=lambda machine: machine.name)
         return {
             "machines": [machine.status(now, self._config.ingest.point_interval_s) for machine in machines]
         }

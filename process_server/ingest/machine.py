@@ -414,14 +414,14 @@ class Machine:
         self._wake.set()
 
     def status(self, now: float, point_interval_s: float) -> dict[str, object]:
-        """Return the machine's part of ``farshore status --json``."""
+        """Return the machine's part of ``farshore status --json``. Called in the metrics thread, too."""
         session = self.session
         rpo_s = self.rpo.rpo_s(now)
         volumes: list[dict[str, object]] = []
         states: list[str] = []
-        for id in session.volumes if session is not None else self.head.volumes:
+        for id in list(session.volumes if session is not None else self.head.volumes):
             entry = self.head.volumes.get(id)
-            stream = session.volumes[id] if session is not None else None
+            stream = session.volumes.get(id) if session is not None else None
             status = session.status.get(id) if session is not None else None
             states.append(stream.state if stream is not None else "unknown")
             volumes.append(

@@ -1,4 +1,4 @@
-"""Sessions that break off, repeat, reorder, lose or corrupt frames: the vault is at a cut, the next one heals.
+"""Sessions that break off, repeat, reorder, lose or corrupt frames: the vault stays at a cut, the next heals.
 
 F15 to F17 of the fault matrix. Sampled with a fixed seed; ``--nightly`` takes every byte boundary.
 """
