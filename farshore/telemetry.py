@@ -1,5 +1,6 @@
 """Logs for journald and metrics for Prometheus: how a running role is looked at."""
 
+import errno
 import json
 import logging
 import os
@@ -162,7 +163,12 @@ class MetricsServer:
 
 
 def serve_metrics(
-    host: str, port: int, registry: CollectorRegistry, healthz: Callable[[], tuple[bool, dict[str, object]]]
+    host: str,
+    port: int,
+    registry: CollectorRegistry,
+    healthz: Callable[[], tuple[bool, dict[str, object]]],
+    *,
+    may_move: bool = False,
 ) -> MetricsServer:
     """Serve ``/metrics`` from ``registry`` and ``/healthz`` from ``healthz``; everything else is 404.
 
@@ -173,6 +179,8 @@ def serve_metrics(
         port: 0 lets the kernel choose, see ``MetricsServer.port``.
         registry: From `make_registry`.
         healthz: Called in a server thread: healthy (200) or not (503), and what to show as JSON.
+        may_move: Take any free port, with a warning, when this one is taken: for a port that nobody chose. A
+            second agent on a host must not leave its disks unprotected for want of a port for figures.
 
     Raises:
         ConfigError: The address cannot be listened on.
@@ -199,6 +207,10 @@ def serve_metrics(
     try:
         return MetricsServer(Server((host, port), Handler))
     except (OSError, OverflowError) as error:
+        if may_move and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            moved = serve_metrics(host, 0, registry, healthz)
+            get_logger().warning("metrics_moved", wanted=port, port=moved.port)
+            return moved
         why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
             "cannot listen for metrics", where=f"{host}:{port}", why=why, fix="choose another address"

@@ -21,6 +21,7 @@ from farshore.errors import ConfigError, Conflict, FarshoreError
 from farshore.ids import id_to_hex
 from farshore.telemetry import MetricsServer, configure, get_logger, make_registry, serve_metrics
 from process_server.config import (
+    METRICS_PORT,
     Layout,
     ServerConfig,
     format_address,
@@ -96,7 +97,8 @@ async def serve(directory: Path, config: ServerConfig, store: Store, keys: Vault
         cleanup.callback(listener.close)
         context = _api_context(identity)
         api = ApiServer(make_app(services, config.api_token_sha256, registry), listener, context)
-        metrics = serve_metrics(*parse_listen(config.metrics), registry, services.health)
+        host, port = parse_listen(config.metrics)
+        metrics = serve_metrics(host, port, registry, services.health, may_move=port == METRICS_PORT)
         cleanup.callback(metrics.close)
         async with asyncio.TaskGroup() as group:
 

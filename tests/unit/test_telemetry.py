@@ -181,6 +181,17 @@ def test_an_address_in_use_is_a_configuration_error(served: MetricsServer) -> No
         serve_metrics("127.0.0.1", served.port, make_registry("server"), lambda: (True, {}))
 
 
+def test_a_port_that_nobody_chose_moves_when_it_is_taken(served: MetricsServer) -> None:
+    def healthy() -> tuple[bool, dict[str, object]]:
+        return True, {}
+
+    moved = serve_metrics("127.0.0.1", served.port, make_registry("agent"), healthy, may_move=True)
+    try:
+        assert moved.port not in (0, served.port)
+    finally:
+        moved.close()
+
+
 def test_closing_twice_is_harmless_and_frees_the_port() -> None:
     server = serve_metrics(
         "::1" if socket.has_ipv6 else "127.0.0.1", 0, make_registry("agent"), lambda: (True, {})
