@@ -25,6 +25,7 @@ from process_server.vault.commit import (
     Rows,
     Timeline,
     commit_name,
+    complete_head,
     decode_commit,
     encode_commit,
 )
@@ -311,6 +312,7 @@ class Chain:
         pack_ids: Sequence[bytes],
         inline_packs: Mapping[bytes, Buffer] | None,
     ) -> None:
+        head = complete_head(head, rows_by_volume, pack_ids, inline_packs)
         body = encode_commit(self._keys, head, rows_by_volume, pack_ids, inline_packs)
         name = commit_name(self._machine_id, head.seq)
         self._pending = _Pending(head, name, body, blake3(body).digest())

@@ -198,21 +198,9 @@ def encode_commit(
         ValueError: The rows break a rule that `decode_commit` checks, or the object would be too long.
     """
     inline = inline_packs or {}
-    if unknown := inline.keys() - set(pack_ids):
-        raise ValueError(f"{len(unknown)} inline packs that are not in the table")
-    if unknown := rows_by_volume.keys() - {volume.id for volume in head.volumes}:
-        raise ValueError(f"rows of {len(unknown)} volumes that are not in the head")
+    head = complete_head(head, rows_by_volume, pack_ids, inline)
     tables = [rows_by_volume.get(volume.id, NO_ROWS) for volume in head.volumes]
     rows = np.concatenate(tables) if tables else NO_ROWS
-    sections = {pack_id: number for number, pack_id in enumerate(inline, start=2)}
-    head = msgspec.structs.replace(
-        head,
-        volumes=tuple(
-            msgspec.structs.replace(volume, extents=len(table))
-            for volume, table in zip(head.volumes, tables, strict=True)
-        ),
-        packs=tuple(CommitPack(id=pack_id, inline=sections.get(pack_id)) for pack_id in pack_ids),
-    )
     if reason := _broken_rule(head, rows):
         raise ValueError(reason)
     body = seal(
@@ -226,6 +214,33 @@ def encode_commit(
     if len(body) > COMMIT_BYTES_MAX:
         raise ValueError(f"a commit of {len(body)} bytes")
     return body
+
+
+def complete_head(
+    head: CommitHead,
+    rows_by_volume: Mapping[bytes, Rows],
+    pack_ids: Sequence[bytes] = (),
+    inline_packs: Mapping[bytes, Buffer] | None = None,
+) -> CommitHead:
+    """Return ``head`` with ``packs`` and the volumes' ``extents`` set, as `encode_commit` writes it.
+
+    Raises:
+        ValueError: Rows of a volume that is not in the head, or an inline pack that is not in ``pack_ids``.
+    """
+    inline = inline_packs or {}
+    if unknown := inline.keys() - set(pack_ids):
+        raise ValueError(f"{len(unknown)} inline packs that are not in the table")
+    if unknown := rows_by_volume.keys() - {volume.id for volume in head.volumes}:
+        raise ValueError(f"rows of {len(unknown)} volumes that are not in the head")
+    sections = {pack_id: number for number, pack_id in enumerate(inline, start=2)}
+    return msgspec.structs.replace(
+        head,
+        volumes=tuple(
+            msgspec.structs.replace(volume, extents=len(rows_by_volume.get(volume.id, NO_ROWS)))
+            for volume in head.volumes
+        ),
+        packs=tuple(CommitPack(id=pack_id, inline=sections.get(pack_id)) for pack_id in pack_ids),
+    )
 
 
 def decode_commit(keys: VaultKeys, name: str, body: bytes) -> Commit:
