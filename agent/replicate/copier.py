@@ -72,13 +72,20 @@ class Setup(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Work(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Copy an extent. ``compare``: offer hashes first."""
+    """Copy an extent.
+
+    Attributes:
+        compare: Offer hashes first.
+        applied_min: Reads count only while at least this LSN is applied: records from before it are no
+            longer remembered for cutting out.
+    """
 
     number: int
     volume: Volume
     offset: int
     length: int
     compare: bool
+    applied_min: int
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -201,15 +208,19 @@ class Reader:
         self._buffer = bytearray(READ_BYTES)
         self.whole = memoryview(self._buffer)
 
-    def read(self, offset: int, length: int, at: int = 0) -> Block:
+    def read(self, offset: int, length: int, applied_min: int, at: int = 0) -> Block:
         """Read into the buffer from ``at`` on. Raises OSError, also at a short read.
 
-        A tap that starts anew redoes old records before newer ones: a read that overlaps that shows bytes of
-        the past, so it counts only when the same tap was there before and after it.
+        A tap that starts anew redoes old records over newer ones: a read that overlaps that shows bytes of
+        the past. So it counts only when the same tap was there before and after it, and says that
+        ``applied_min`` is applied (while it redoes, it says the stable mark).
         """
         view = self.whole[at : at + length]
         while True:
             before = self._disk.position()
+            if before.applied_lsn < applied_min:
+                time.sleep(TAP_WAIT_S)
+                continue
             done = 0
             while done < length:
                 count = self._disk.read(view[done:], offset + done)
@@ -322,7 +333,7 @@ class Copier:
         reader = self._reader(work.volume)
         end = work.offset + work.length
         for offset in range(work.offset, end, READ_BYTES):
-            block = reader.read(offset, min(READ_BYTES, end - offset))
+            block = reader.read(offset, min(READ_BYTES, end - offset), work.applied_min)
             if offset == work.offset:
                 # The oldest of the works's reads stands for all: more is cut out, never less.
                 progress.applied_lsn = block.applied_lsn
@@ -380,7 +391,7 @@ class Copier:
         applied_lsn, captured_lsn = -1, 0
         buffer = reader.whole
         for offset, length in extents:
-            block = reader.read(offset, length, filled)
+            block = reader.read(offset, length, progress.work.applied_min, filled)
             applied_lsn = block.applied_lsn if applied_lsn < 0 else applied_lsn
             captured_lsn = block.captured_lsn
             at, kept = 0, filled

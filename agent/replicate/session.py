@@ -533,7 +533,7 @@ class Session:
             stream.rule.reading(number, state.applied_lsn)
             self._works[number] = (stream, job)
             volume = copier.Volume(stream.id, str(replica.spec.disk), str(replica.spec.state_page))
-            return copier.Work(number, volume, unit.offset, unit.length, job.compare)
+            return copier.Work(number, volume, unit.offset, unit.length, job.compare, state.applied_lsn)
         return None
 
     def taken(self, message: copier.Taken) -> None:
