@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from process_server.vault.commit import NO_ROWS, Rows, commit_name
 from process_server.vault.keys import VaultKeys
 from process_server.vault.map import (
     REGION_BYTES,
+    Change,
     PackRef,
     PackTable,
     Renumbering,
@@ -24,6 +25,7 @@ from process_server.vault.map import (
     newest_map,
     overlay,
     read_change,
+    read_changes,
     without_zeros,
 )
 from process_server.vault.pack import PackReader, pack_name
@@ -150,16 +152,12 @@ class VolumeImage:
 
     def _rows_after(self, chain: ChainReader, first: int, last: int, lsn: int | None) -> Rows:
         parts: list[Rows] = []
-        for seq in range(first, last + 1):
-            try:
-                change = read_change(chain.store, chain.keys, chain.machine, seq)
-            except NotFound as exc:
-                raise missing(chain.machine, seq) from exc
+        for change in _all_changes(chain, first, last):
             found = change.of(self.volume)
             if found is None or not len(found[1]):
                 continue
             rows = found[1]
-            if seq == last and lsn is not None:
+            if change.head.seq == last and lsn is not None:
                 rows = rows[rows["lsn"] <= lsn]
             rows = rows.copy()
             Renumbering(change.packs, self._table).apply(rows)
@@ -261,6 +259,13 @@ class VolumeImage:
         for at, piece in read_rows(self.chunks, self.packs, self.rows_in(offset, length)):
             output[at - offset : at - offset + len(piece)] = piece
         return bytes(output)
+
+
+def _all_changes(chain: ChainReader, first: int, last: int) -> Iterator[Change]:
+    try:
+        yield from read_changes(chain.store, chain.keys, chain.machine, first, last)
+    except NotFound as exc:
+        raise missing(exc.where) from exc
 
 
 def read_rows(chunks: ChunkSource, packs: Sequence[PackRef], rows: Rows) -> "list[tuple[int, memoryview]]":

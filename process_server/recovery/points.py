@@ -14,7 +14,7 @@ from farshore.errors import Conflict, IntegrityError, NotFound, UsageError
 from farshore.ids import id_to_hex
 from process_server.vault.commit import CommitHead, CommitVolume, commit_name, point_id
 from process_server.vault.keys import VaultKeys
-from process_server.vault.map import Change, read_change
+from process_server.vault.map import Change, read_change, read_changes
 from process_server.vault.root import ROOT, decode_root
 from process_server.vault.store import Store
 
@@ -195,13 +195,12 @@ def list_points(chain: ChainReader) -> Iterator[Point]:
     Raises:
         IntegrityError: A commit in between is missing or damaged.
     """
-    for seq in range(chain.oldest(), chain.newest() + 1):
-        try:
-            head = chain.head(seq)
-        except NotFound as exc:
-            raise missing(chain.machine, seq) from exc
-        if head.kind == "data":
-            yield Point(chain.machine, head)
+    try:
+        for change in read_changes(chain.store, chain.keys, chain.machine, chain.oldest(), chain.newest()):
+            if change.head.kind == "data":
+                yield Point(chain.machine, change.head)
+    except NotFound as exc:
+        raise missing(exc.where) from exc
 
 
 def resolve(chain: ChainReader, wanted: str, *, volume: str | None, allow_fuzzy: bool, now_ns: int) -> Cut:
@@ -243,11 +242,11 @@ def volume_of(head: CommitHead, name: str) -> CommitVolume:
     raise NotFound("no such volume at this point", where=name, why=f"there are: {known}")
 
 
-def missing(machine: bytes, seq: int) -> IntegrityError:
-    """Return the error for a commit that has to be there."""
+def missing(name: str) -> IntegrityError:
+    """Return the error for a commit, by its object's name, that has to be there."""
     return IntegrityError(
         "a commit is missing",
-        where=commit_name(machine, seq),
+        where=name,
         why="later ones exist",
         fix="`farshore vault check` names the points that are affected",
     )
@@ -282,7 +281,7 @@ def _by_id(chain: ChainReader, wanted: str, prefix: str, seq: int, allow_fuzzy: 
     try:
         head = chain.head(seq)
     except NotFound as exc:
-        raise missing(chain.machine, seq) from exc
+        raise missing(commit_name(chain.machine, seq)) from exc
     if head.kind != "data":
         raise NotFound("no such recovery point", where=wanted, why="that commit is a change of owner")
     point = Point(chain.machine, head)

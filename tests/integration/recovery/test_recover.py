@@ -3,7 +3,10 @@
 import json
 import random
 import re
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +300,25 @@ def test_a_full_disk_is_a_capacity_error_and_leaves_nothing(
         assert list(mount.iterdir()) == []
     finally:
         subprocess.run(["umount", mount], check=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_recovery_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    vault, _ = volume_with_history(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    words = farshore(vault, "recover", "web1", "--point", "latest", "--to", out / "disk.img")
+    process = subprocess.Popen([sys.executable, "-m", "farshore", *words], stdout=subprocess.DEVNULL)
+    try:
+        # From its temporary file on it waits for its workers to start: there is time to hit it.
+        until = time.monotonic() + 20
+        while not list(out.iterdir()):
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(number)
+        assert process.wait(20) == code
+        assert list(out.iterdir()) == []
+    finally:
+        process.kill()
+        process.wait()
