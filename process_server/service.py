@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -22,6 +21,7 @@ from farshore.pki import machine_of_certificate
 from farshore.telemetry import get_logger
 from farshore.wire import frames
 from farshore.wire import messages as m
+from process_server.catalog import Catalog
 from process_server.config import ServerConfig, parse_listen
 from process_server.ingest import ipc
 from process_server.ingest.machine import CUTS_MAX, InlinePack, Machine, PacksLost, read_head
@@ -109,7 +109,7 @@ class ProcessServer:
         control: The vault's control objects: machines and the deny-list.
         identity: Enrolment and who is allowed.
         index: Which chunks the vault has; a cache, an empty one by default.
-        on_commit: Told of each new commit, after its acknowledgement; what it raises is logged, no more.
+        catalog: Follows the chains, after each acknowledgement; may be absent.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ProcessServer:
         *,
         identity: Identity,
         index: DedupIndex | None = None,
-        on_commit: Callable[[bytes, CommitHead], Awaitable[None]] | None = None,
+        catalog: Catalog | None = None,
     ) -> None:
         self._config, self._store, self._keys, self._control = config, store, keys, control
         self._clock, self._identity = clock, identity
@@ -135,7 +135,7 @@ class ProcessServer:
         self._tls = Tls(b"", b"", b"")
         self._writer, self._generation = b"", 0
         self._known: dict[bytes, str] = {}
-        self._on_commit = on_commit
+        self._catalog = catalog
         self.metrics = IngestMetrics(registry, self)
         self.ready = asyncio.Event()
         self.address: tuple[str, int] = ("", 0)
@@ -853,6 +853,8 @@ class ProcessServer:
                 chain = Chain(self._store, self._keys, machine_id, self._writer)
                 await asyncio.to_thread(chain.load_head)
                 head = await asyncio.to_thread(read_head, chain)
+                if self._catalog is not None:
+                    await asyncio.to_thread(self._follow, self._catalog, chain, machine_id)
                 machine = self._machines[machine_id] = Machine(
                     machine_id,
                     name or (chain.head.machine_name if chain.head is not None else machine_id.hex()),
@@ -876,11 +878,15 @@ class ProcessServer:
             await self._maps.note(machine.id, head, tables)
         except FarshoreError as exc:
             log.warning("map_not_noted", machine=machine.name, error=str(exc))
-        if self._on_commit is not None:
-            try:
-                await self._on_commit(machine.id, head)
-            except FarshoreError as exc:
-                log.warning("after_commit_failed", machine=machine.name, error=str(exc))
+        if self._catalog is not None:
+            await asyncio.to_thread(self._follow, self._catalog, machine.chain, machine.id)
+
+    def _follow(self, catalog: Catalog, chain: Chain, machine: bytes) -> None:
+        try:
+            if chain.head is not None and not catalog.add(chain.head, chain.digest):
+                catalog.follow(chain, machine)
+        except FarshoreError as exc:
+            log.warning("catalog_behind", machine=machine.hex(), error=str(exc))
 
     async def _extend_tables(self, machine: Machine, head: CommitHead) -> None:
         session = machine.session

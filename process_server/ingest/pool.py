@@ -17,6 +17,9 @@ CONNECTIONS_MAX: Final = 1024
 READY_S: Final = 30.0
 RESTART_PAUSE_S: Final = 0.2
 STOP_S: Final = 10.0
+MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "33554432"}
+"""glibc maps and unmaps every block of 128 KiB, the size of a group of small records: 21.6 us a record as
+against 20.2 with these."""
 
 log = get_logger()
 
@@ -126,7 +129,11 @@ class WorkerPool:
             descriptors = (theirs.fileno(), their_sockets.fileno())
             # A program of its own and not a fork: it imports a tenth of what is loaded here, and inherits
             # neither locks nor keys. It finds our modules where this process found them.
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+            environment = {
+                **os.environ,
+                **MALLOC,
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            }
             process = subprocess.Popen(  # noqa: ASYNC220 - fork and exec only; nothing is waited for
                 [
                     sys.executable,
