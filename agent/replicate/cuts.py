@@ -29,8 +29,10 @@ class Stream:
         copied: A MARK said, or the server did, that every extent is in the vault.
         paused: Nothing is sent; points without this volume's newest state are fuzzy.
         opened: Its place in the journal was found.
+        resync_at: Incarnation of the journal when it was.
         job: The copying under way.
         mark: Incarnation and LSN that the last MARK named, or where the vault stood.
+        tokens: COPYs by the cut_seq of the MARK that named them, until that is vaulted.
     """
 
     id: bytes
@@ -42,6 +44,7 @@ class Stream:
     opened: bool = False
     job: Job | None = None
     mark: tuple[bytes, int] = (bytes(16), 0)
+    resync_at: bytes = b""
     tokens: dict[int, list[int]] = field(default_factory=dict)
 
     @property

@@ -28,8 +28,10 @@ class Replica:
         remaining_bytes, total_bytes: Of the copying under way; None when there is none.
     """
 
-    def __init__(self, spec: VolumeSpec, journal: Journal) -> None:
-        self.spec, self.journal = spec, journal
+    def __init__(self, spec: VolumeSpec, journal: Journal | None) -> None:
+        """``journal`` may be None where only the state is asked for."""
+        self.spec = spec
+        self._journal = journal
         self.safe: set[int] = set()
         self.resync = False
         self.problem = ""
@@ -40,6 +42,11 @@ class Replica:
         remembered = _remembered(spec.folder / FILE_NAME)
         self._paused = bool(remembered.get("paused", False))
         self._copied = bool(remembered.get("copied", False))
+
+    @property
+    def journal(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
 
     @property
     def paused(self) -> bool:

@@ -20,7 +20,7 @@ from agent.replicate.delta import Delta, Frame
 from agent.replicate.job import Job, dirty_units, whole_volume
 from agent.replicate.ports import DirtyRegions, Journal, Tap
 from agent.replicate.replica import Replica
-from farshore.errors import CorruptRecord, FarshoreError, Unreachable
+from farshore.errors import Conflict, CorruptRecord, FarshoreError, Unreachable
 from farshore.failpoints import failpoint
 from farshore.hrl.cut import Cut
 from farshore.telemetry import get_logger
@@ -182,6 +182,7 @@ class Session:
             log.error("journal_not_readable", volume=replica.spec.name, error=str(error))
             await self.tap.resync_required(id, position.lsn, position.ordinal)
             raise Restart from error
+        stream.resync_at = replica.state().incarnation
         stream.resync = replica.resync = resync
         stream.copied = replica.copied = copied and not resync
         stream.paused = replica.paused
@@ -263,10 +264,14 @@ class Session:
         """The vault has all of the volume."""
         if stream.job is not None and stream.job.kind != "heal":
             self._end_job(stream)
+        state = replica.state()
+        if state.flags & RESYNC_REQUIRED and state.incarnation == stream.resync_at:
+            # The tap calls every cut fuzzy until it hears this. What was vaulted holds from here on: a cut
+            # at or above the end of the reads is a prefix, whatever happens to agent or tap meanwhile.
+            await self._quietly(self.tap.resync_done(stream.id))
+            self.want_cut()
         if not offerable:
             return
-        if replica.state().flags & RESYNC_REQUIRED and stream.resync:
-            await self._quietly(self.tap.resync_done(stream.id))
         stream.resync = replica.resync = False
         replica.safe.clear()
         if not replica.copied:
@@ -422,7 +427,8 @@ class Session:
                 job is not None and job.kind != "heal" and job.finished and not stream.copied
             ):
                 return True
-            if state.dirty_regions or state.capture_mode != DATA or not stream.copied:
+            flagged = state.flags & RESYNC_REQUIRED
+            if state.dirty_regions or state.capture_mode != DATA or flagged or not stream.copied:
                 better = False
             if state.captured_lsn < stream.rule.copy_end:
                 better = False
@@ -450,8 +456,9 @@ class Session:
             await self._open(replica)
             return
         state = replica.state()
-        if state.flags & RESYNC_REQUIRED and not stream.resync:
-            # The tap found out, or was told, that writes may have passed it by.
+        if state.flags & RESYNC_REQUIRED and not (stream.resync and state.incarnation == stream.resync_at):
+            # The tap found out, or was told, that writes may have passed it by: once more, or for the first
+            # time in this session.
             replica.safe.clear()
             raise Restart
         stream.paused = replica.paused
@@ -500,7 +507,13 @@ class Session:
     async def _healed(self, stream: cuts.Stream) -> None:
         dirty = self._heals.pop(stream.id)
         failpoint("agent.before_dirty_clear")
-        await self.tap.dirty_clear(stream.id, dirty.round, dirty.regions)
+        try:
+            await self.tap.dirty_clear(stream.id, dirty.round, dirty.regions)
+        except Conflict as error:
+            # Writes went past the journal again: another round.
+            log.info("healing_overtaken", volume=self.replicas[stream.id].spec.name, error=str(error))
+            self._end_job(stream)
+            return
         self._end_job(stream)
         self.want_cut()
         log.info("healed", volume=self.replicas[stream.id].spec.name, regions=len(dirty.regions))

@@ -146,7 +146,9 @@ class FakeTap:
         self.cut_seq += 1
         last = next((item for item in reversed(self.items) if isinstance(item, Batch)), None)
         fresh = last is not None and bool(last.records["type"][0] != MARK)
-        entry = CutVolume(self.spec.id, self.incarnation.id, self.captured + fresh, bool(self.dirty_set))
+        entry = CutVolume(
+            self.spec.id, self.incarnation.id, self.captured + fresh, bool(self.dirty_set) or self.resync_flag
+        )
         cut = Cut(self.cut_seq, time.time_ns(), tag, (entry,))
         if fresh:
             payload = encode_cut(cut)
