@@ -238,6 +238,8 @@ class ProcessServer:
                 self.metrics.auth_failures.labels("denied").inc()
                 peer.close("denied", "this machine is denied")
         machine = self._machines.get(machine_id)
+        if machine is not None:
+            machine.denied = True
         if machine is not None and machine.session is not None:
             self.end_session(machine.session, "denied", "this machine is denied")
 
@@ -438,7 +440,7 @@ class ProcessServer:
         session.cut_seq = 0
         for volume in hello.volumes:
             session.add_volume(volume, machine.position(volume.id))
-        machine.name, machine.session = hello.machine, session
+        machine.name, machine.session, machine.denied = hello.machine, session, False
         machine.connected_at = self._clock.monotonic()
         self._sessions[session.id] = session
         self._session_peers[session.id] = {peer}

@@ -256,6 +256,8 @@ async def test_a_denied_machine_is_cut_off_at_once(tmp_path: Path) -> None:
         error = await wire.ended()
         assert error is not None
         assert error.code == "denied"
+        machine = server.status()["machines"][0]  # type: ignore[index]
+        assert "the machine is on the deny-list" in machine["reasons"]
         wire = await Wire.connect(server.address, site.context())
         await wire.send(agent.hello())
         error = await wire.ended()
