@@ -96,7 +96,7 @@ def decode_slot(slot: bytes) -> Mark | None:
 
 
 def load_mark(directory: Path) -> Mark | None:
-    """Return the newest mark of a journal directory, None when it has no ``mark`` file.
+    """Return the newest mark of a journal directory, None when none was ever written.
 
     Raises:
         CorruptRecord: Neither slot checks: no power cut does that.
@@ -109,8 +109,11 @@ def load_mark(directory: Path) -> Mark | None:
         return None
     try:
         marks = _load(fd)
+        never_written = not any(os.pread(fd, SLOT_STRIDE + SLOT_BYTES, 0))
     finally:
         os.close(fd)
+    if never_written:
+        return None
     if not marks:
         raise CorruptRecord(0, "neither slot of the mark checks", where=str(path))
     return max(marks, key=lambda mark: mark.serial)

@@ -148,4 +148,5 @@ def torn_bytes(fd: int, at: int, next_lsn: int) -> int:
         claimed = padded(HEAD.size + table_bytes + payload_bytes)
         if magic == b"HRLB" and first_lsn == next_lsn and claimed <= BATCH_BYTES_MAX:
             return min(claimed, os.fstat(fd).st_size - at)
-    return len(rest.rstrip(b"\0"))
+    cut_short = at + len(rest) < page_end
+    return len(rest) if cut_short else len(rest.rstrip(b"\0"))

@@ -119,6 +119,7 @@ class JournalWriter:
         written again, what a power cut left behind it goes, damaged files are renamed and kept. Killed at any
         step, it can be repeated with a new `recover`. When ``recovered.corrupt`` is set, `RESYNC_REQUIRED` is
         made durable in the mark before this is called: a later `recover` need not see the damage again.
+        Before the first append, a mark is written that names the new incarnation.
 
         Args:
             directory: Made if it does not exist.

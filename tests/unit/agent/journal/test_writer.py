@@ -180,8 +180,13 @@ def test_an_error_of_the_disk_ends_the_journal(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(JournalFailed):
         writer.sync()
     monkeypatch.undo()
-    refused: list[Callable[[], object]] = [lambda: put(writer), writer.sync, writer.prepare]
-    for call in [*refused, lambda: writer.free(9, 9)]:
+    refused: list[Callable[[], object]] = [
+        lambda: put(writer),
+        lambda: writer.free(9, 9),
+        writer.sync,
+        writer.prepare,
+    ]
+    for call in refused:
         with pytest.raises(JournalFailed):
             call()
     assert len(calls) == 1
