@@ -17,7 +17,7 @@ from prometheus_client import Gauge
 from farshore import client, pki, systemd
 from farshore.clock import Clock, SystemClock
 from farshore.config import load_config
-from farshore.errors import ConfigError, Conflict, FarshoreError
+from farshore.errors import ConfigError, Conflict, FarshoreError, NotFound, Unreachable
 from farshore.ids import id_to_hex
 from farshore.telemetry import MetricsServer, configure, get_logger, make_registry, serve_metrics
 from process_server.config import (
@@ -177,7 +177,12 @@ class _Services:
         return await asyncio.to_thread(read)
 
     async def create_point(self, machine: str, tag: str, timeout_s: float) -> str:
-        return await self._server.create_point(machine, tag, timeout_s)
+        try:
+            return await self._server.create_point(machine, tag, timeout_s)
+        except NotFound:
+            if any(entry["name"] == machine for entry in self._identity.machines()):
+                raise Unreachable("the agent has not connected yet", where=machine) from None
+            raise
 
 
 async def _serve_agents(server: ProcessServer, listen: str) -> None:
