@@ -379,6 +379,12 @@ async def test_a_machine_cannot_pass_for_another(site: Site) -> None:
     certificate = pki.pem_to_der(first.certificate)
     assert not site.identity.allowed(second.machine_id, certificate)
     assert not site.identity.allowed(new_id(), certificate)
+    # Nor with the same key: a host that was cloned and enrolled again under another name.
+    one = agent("db3")
+    third = await site.identity.enrol(one.enrol(await site.token("db3")))
+    one.name = "db4"
+    fourth = await site.identity.enrol(one.enrol(await site.token("db4")))
+    assert not site.identity.allowed(fourth.machine_id, pki.pem_to_der(third.certificate))
     assert not site.identity.allowed(first.machine_id, b"")
 
 

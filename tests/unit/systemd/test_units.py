@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[3] / "systemd"
 UNITS = sorted(FOLDER.glob("*.service"))
 VENV = "/opt/farshore/venv/bin/"
 # systemd-analyze security, in tenths of the tool's scale from 0 (narrow) to 10.
-EXPOSURE_MAX = {"farshore-server": 20, "farshore-agent": 55, "farshore-tap": 55}
+EXPOSURE_MAX = {"farshore-server": 20, "farshore-agent": 45, "farshore-tap": 30}
 
 
 class Unit(configparser.RawConfigParser):
