@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -154,16 +154,28 @@ def _head(machine: bytes, volume: bytes, seq: int, size: int, previous: bytes, *
     )
 
 
-def timed(command: list[str | Path], folder: Path, environment: dict[str, str]) -> tuple[float, float]:
-    """Run with cold caches; return seconds to its end, and to the end of a sync after it."""
+class Run(NamedTuple):
+    """Seconds to the end of a command, to the end of a sync after it, and of processor time."""
+
+    ended: float
+    durable: float
+    cpu: float
+
+
+def timed(command: list[str | Path], folder: Path, environment: dict[str, str]) -> Run:
+    """Run a command with cold caches."""
     drop_caches()
     started = time.monotonic()
-    subprocess.run(
-        command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    _, status, used = os.wait4(process.pid, 0)
     ended = time.monotonic()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{command[0]} ended with {process.returncode}")
     os.sync()
-    return ended - started, time.monotonic() - started
+    return Run(ended - started, time.monotonic() - started, used.ru_utime + used.ru_stime)
 
 
 def main() -> None:
@@ -208,7 +220,7 @@ def main() -> None:
         }
         expected = _digest(image)
         size = image.stat().st_size
-        results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        results: dict[str, list[Run]] = {name: [] for name in commands}
         environment["PYTHONPATH"] = str(Path(__file__).parents[1])
         for number in range(options.rounds):
             for tool in sorted(commands, key=lambda each: (list(commands).index(each) + number) % 3):
@@ -227,22 +239,23 @@ def _digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _show(results: dict[str, list[tuple[float, float]]], size: int, image: Path) -> None:
+def _show(results: dict[str, list[Run]], size: int, image: Path) -> None:
     stored = image.stat().st_blocks * 512
     lines = [f"image: {size / GIB:.1f} GiB, {stored / GIB:.1f} GiB of it allocated"]
     lines += [version_of("restic", "version"), version_of("borg", "--version")]
     figures: dict[str, object] = {"image_bytes": size, "image_allocated_bytes": stored}
-    picks: dict[str, Callable[[tuple[float, float]], float]] = {
-        "to its end": lambda each: each[0],
-        "durable": lambda each: each[1],
+    picks: dict[str, Callable[[Run], float]] = {
+        "to its end": lambda run: run.ended,
+        "durable": lambda run: run.durable,
+        "per CPU second": lambda run: run.cpu,
     }
     for label, pick in picks.items():
         rates = {tool: [size / pick(run) / 1e6 for run in runs] for tool, runs in results.items()}
         for tool, values in rates.items():
-            lines.append(f"{label:11} {tool:9} {spread(values)} MB/s")
+            lines.append(f"{label:14} {tool:9} {spread(values)} MB/s")
         best = max(statistics.median(rates["restic"]), statistics.median(rates["borg"]))
         ratio = statistics.median(rates["farshore"]) / best
-        lines.append(f"{label:11} farshore / better of the others: {ratio:.2f}")
+        lines.append(f"{label:14} farshore / better of the others: {ratio:.2f}")
         figures[label] = {"mb_per_s": rates, "ratio": ratio}
     show("recover to a raw file", figures, lines)
 
