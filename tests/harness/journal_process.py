@@ -8,6 +8,7 @@ the ledger: what it has read is owed, however the process ends.
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from agent.journal.dirty import DirtyMap
@@ -51,6 +52,16 @@ class Tap:
         self._dirty.set(number * 64 * KIB, 512)
         self._dirty.sync()
 
+    def try_again(self) -> None:
+        """What a tap must never get away with."""
+        for _ in range(3):
+            with suppress(JournalFailed):
+                if self.writer.failed:
+                    say("S", self.writer.sync())
+                else:
+                    self._write_mark(0)
+                    say("S")
+
     def _write_mark(self, stable_lsn: int) -> None:
         self._mark.write(
             Mark(self.writer.incarnation.id, self.writer.durable_lsn, stable_lsn, 0, 0, DISK, BOOT)
@@ -62,6 +73,7 @@ def run(directory: Path, batches: int, end: str) -> int:
     say("R", found.last_lsn, found.corrupt or "")
     if found.corrupt:
         return IntegrityError.exit_code
+    tap: Tap | None = None
     try:
         tap = Tap(directory, found)
         for number in range(batches):
@@ -77,6 +89,8 @@ def run(directory: Path, batches: int, end: str) -> int:
         return CapacityError.exit_code
     except JournalFailed as error:
         say("X", error)
+        if tap:
+            tap.try_again()
         return error.exit_code
     return 0
 
