@@ -8,6 +8,7 @@ the ledger: what it has read is owed, however the process ends.
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,34 +34,36 @@ class Tap:
 
     def __init__(self, directory: Path, found: Recovered) -> None:
         self.writer = opened(directory, recovered=found, quota_bytes=512 * KIB)
+        self._doing: Callable[[], object] = self.writer.sync
         self._mark = MarkFile.open(directory)
         self._dirty = DirtyMap.create(directory / "dirty", GIB)
         self._write_mark(found.mark.stable_lsn if found.mark else 0)
 
     def append(self) -> None:
+        self._doing = self.writer.sync
         try:
             say("A", put(self.writer, 3, 1000))
         except JournalFull:
             say("F")
 
     def make_durable(self, number: int) -> None:
+        self._doing = self.writer.sync
         durable = self.writer.sync()
         say("D", durable)
-        self._write_mark(durable)
+        self._doing = lambda: self._write_mark(durable)
+        self._doing()
         self.writer.free(durable - VAULTED_BEHIND, durable)
         self.writer.prepare()
         self._dirty.set(number * 64 * KIB, 512)
-        self._dirty.sync()
+        self._doing = self._dirty.sync
+        self._doing()
 
     def try_again(self) -> None:
         """What a tap must never get away with."""
         for _ in range(3):
             with suppress(JournalFailed):
-                if self.writer.failed:
-                    say("S", self.writer.sync())
-                else:
-                    self._write_mark(0)
-                    say("S")
+                self._doing()
+                say("S")
 
     def _write_mark(self, stable_lsn: int) -> None:
         self._mark.write(
