@@ -25,9 +25,9 @@ from process_server.vault.keys import VaultKeys
 from process_server.vault.map import PackRef, ends
 from process_server.vault.store import open_store
 
-CHUNKS_AT_ONCE: Final = 128
-"""Chunks of one pack that are in memory at once: 8 MiB at the usual size, 128 MiB at the largest."""
-CACHE_BYTES: Final = 64 * MIB
+CHUNKS_AT_ONCE: Final = 64
+"""Chunks of one pack that are in memory at once: 4 MiB at the usual size, 64 MiB at the largest."""
+CACHE_BYTES: Final = 32 * MIB
 _PR_SET_PDEATHSIG: Final = 1
 
 
