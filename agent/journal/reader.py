@@ -144,6 +144,19 @@ class JournalReader:
             self._error = error  # after what was found before it
         return items
 
+    def announce(self, durable: tuple[bytes, int]) -> list[IncarnationStart | Batch]:
+        """After `read` returned nothing: return the start of an incarnation that has no record yet.
+
+        Cuts name the incarnation that the tap writes, so whoever sends them has to know of it at once. When
+        ``durable`` names it, its beginning is durable, and with it the SEAL that it goes on from.
+        """
+        if self._place is None or self._place.header.incarnation.id != durable[0]:
+            return []
+        starts = [at for at, item in enumerate(self._pending) if isinstance(item, IncarnationStart)]
+        end = starts[-1] + 1 if starts else 0
+        items, self._pending = self._pending[:end], self._pending[end:]
+        return items
+
     def close(self) -> None:
         """Give back the descriptor; the reader is nowhere. Idempotent."""
         self._leave()

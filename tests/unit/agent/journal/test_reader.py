@@ -236,3 +236,26 @@ def test_an_empty_directory_is_a_gap(tmp_path: Path) -> None:
         reader.start_at_oldest()
     assert not reader.position(bytes(16), 1, bytes(32))
     reader.close()
+
+
+def test_an_incarnation_without_records_is_announced_when_the_tap_writes_it(tmp_path: Path) -> None:
+    writer = opened(tmp_path)
+    reader = JournalReader(tmp_path)
+    reader.start_at_oldest()
+    assert reader.read(durable(writer), ALL) == []
+    (start,) = reader.announce(durable(writer))
+    assert isinstance(start, IncarnationStart)
+    assert (start.incarnation.id, start.first_lsn) == (writer.incarnation.id, 1)
+    assert reader.announce(durable(writer)) == []
+    put(writer)
+    writer.seal(clean=True)
+    assert len(batches(reader.read(durable(writer), ALL))) == 1
+    writer.close()
+    marked(tmp_path, writer.incarnation.id, 1)
+    second = opened(tmp_path)
+    assert reader.read(durable(second), ALL) == []
+    seal, start = reader.announce(durable(second))
+    assert isinstance(start, IncarnationStart)
+    assert not isinstance(seal, IncarnationStart)
+    assert (seal.count, start.incarnation.previous_digest) == (0, seal.digest)
+    second.close()
