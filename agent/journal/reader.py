@@ -155,6 +155,8 @@ class JournalReader:
         starts = [at for at, item in enumerate(self._pending) if isinstance(item, IncarnationStart)]
         end = starts[-1] + 1 if starts else 0
         items, self._pending = self._pending[:end], self._pending[end:]
+        if items and not self._pending:
+            self._digest = self._place.scan.digest
         return items
 
     def close(self) -> None:

@@ -258,4 +258,5 @@ def test_an_incarnation_without_records_is_announced_when_the_tap_writes_it(tmp_
     assert isinstance(start, IncarnationStart)
     assert not isinstance(seal, IncarnationStart)
     assert (seal.count, start.incarnation.previous_digest) == (0, seal.digest)
+    assert reader.last_digest == second.digest
     second.close()
