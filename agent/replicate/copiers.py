@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from agent.link import Backoff, Server
 from agent.replicate import copier
+from agent.spawn import environment
 from farshore.telemetry import get_logger
 from farshore.units import KIB
 
@@ -123,6 +124,7 @@ class CopierPool:
                     str(os.getpid()),
                     pass_fds=[theirs.fileno()],
                     stdin=asyncio.subprocess.DEVNULL,
+                    env=environment(),
                 )
             ours.setblocking(False)
             reader, writer = await asyncio.open_unix_connection(sock=ours, limit=256 * KIB)

@@ -10,8 +10,6 @@ from farshore.hrl.cut import Cut, CutVolume
 from farshore.units import MIB
 from farshore.wire import messages as m
 
-SEQ_SHIFT: Final = 12
-"""MARK's cut_seq is the tap's seq shifted by this: room for cuts of our own between two of the tap's."""
 OWN_RECORDS: Final = 250_000
 OWN_BYTES: Final = 256 * MIB
 """Records, and bytes of them, that go into one commit at most when a backlog holds no cuts: the server keeps
@@ -58,7 +56,7 @@ class PendingCuts:
     def __init__(self) -> None:
         self._cuts: dict[int, Cut] = {}
         self.last_seq = 0
-        self._own = 0
+        self._wire_seq = 0
 
     def add(self, cut: Cut) -> None:
         """A cut was taken now, or found in a journal."""
@@ -74,19 +72,25 @@ class PendingCuts:
 
     def remove(self, cut: Cut) -> None:
         """It was sent or given up."""
-        if cut.seq > self.last_seq:
-            self.last_seq, self._own = cut.seq, 0
+        self.last_seq = max(self.last_seq, cut.seq)
         self._cuts.pop(cut.seq, None)
 
-    def own_seq(self) -> int | None:
-        """A cut_seq for a cut of our own after the last one sent; None when there is no room."""
-        if self._own == (1 << SEQ_SHIFT) - 1:
-            return None
-        self._own += 1
-        return (self.last_seq << SEQ_SHIFT) + self._own
+    def wire_seq(self, cut: Cut) -> int:
+        """Return the cut_seq of a cut's MARK: its seq, but above that of the MARK before.
+
+        The tap's numbers are nanoseconds, so cuts of our own (seq 0) in between find room; should a clock
+        have gone back they push the next ones on.
+        """
+        self._wire_seq = max(cut.seq, self._wire_seq + 1, self.last_seq)
+        return self._wire_seq
 
     def __len__(self) -> int:
         return len(self._cuts)
+
+
+def served(cut: Cut) -> Cut:
+    """Leave out volumes that had no journal at the cut: they stay where their last MARK was."""
+    return Cut(cut.seq, cut.time_ns, cut.tag, tuple(v for v in cut.volumes if any(v.incarnation)))
 
 
 def ready(cut: Cut, streams: dict[bytes, Stream]) -> bool:

@@ -58,7 +58,8 @@ class Delta:
         Raises:
             CorruptRecord, JournalGap: Only a resync helps.
         """
-        return list(frames(self.volume, self._journal.read(durable, DATA_BYTES_MAX), resync))
+        items = self._journal.read(durable, DATA_BYTES_MAX) or self._journal.announce(durable)
+        return list(frames(self.volume, items, resync))
 
     def was_sent(self, frame: Frame) -> None:
         """Enter ``frame`` into the books, before anything later is sent."""

@@ -57,6 +57,10 @@ class Journal(Protocol):
         """
         ...
 
+    def announce(self, durable: tuple[bytes, int]) -> list[Item]:
+        """After `read` returned nothing: the start of an incarnation that has no record yet."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DirtyRegions:

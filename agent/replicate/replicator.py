@@ -129,6 +129,11 @@ class Replicator:
             return m.Result(command.id, False, str(error))
         return m.Result(command.id, True)
 
+    def renew(self) -> None:
+        """There is a new certificate: show it to the server at the next convenient moment."""
+        if self._session is not None:
+            self._session.restart()
+
     # --- sessions ---
 
     async def _connect_for_ever(self) -> None:
@@ -137,8 +142,8 @@ class Replicator:
             pause_s = 0.0
             try:
                 await self._one_session()
-            except Restart:
-                self._down("retry", "a volume's continuity changed")
+            except Restart as restart:
+                self._down("retry", str(restart))
                 pause_s = RESTARTS_PER_S * self._rng.random()
             except LinkDown as error:
                 self._down(error.reason, str(error))

@@ -33,12 +33,13 @@ MARKS_UNACKED_MAX: Final = 64
 """Cuts on their way to the vault; with more, the next ones wait and one covers them all."""
 COMMANDS_MAX: Final = 32
 OPEN_S: Final = 10.0
+MARK_S: Final = 45.0
 
 log = get_logger()
 
 
 class Restart(Exception):
-    """The session must begin again at once: continuity of a volume changed under it."""
+    """The session must begin again at once; the text says why."""
 
 
 class Counters(Protocol):
@@ -76,6 +77,8 @@ class Session:
         self._send_now = asyncio.Event()
         self._cut_now = asyncio.Event()
         self._commands: asyncio.Queue[m.Command] = asyncio.Queue(COMMANDS_MAX)
+        self._awaited: dict[int, asyncio.Future[int]] = {}
+        self._restart = asyncio.Event()
         self._began = time.monotonic()
         self.acked = False
         for position in welcome.volumes:
@@ -103,6 +106,7 @@ class Session:
                     self._plan,
                     self._run_commands,
                     self.pool.run,
+                    self._until_restart,
                 ):
                     tasks.create_task(task(), name=f"session-{task.__name__}")
         except* Exception as group:
@@ -111,6 +115,14 @@ class Session:
         finally:
             for replica in self.replicas.values():
                 replica.remaining_bytes = None
+
+    def restart(self) -> None:
+        """Begin again: there is a new certificate to show."""
+        self._restart.set()
+
+    async def _until_restart(self) -> None:
+        await self._restart.wait()
+        raise Restart("the certificate was renewed")
 
     # --- volumes ---
 
@@ -129,10 +141,22 @@ class Session:
         self._cut_now.set()
 
     async def cut(self, tag: str | None) -> int:
-        """Take a cut now and return the cut_seq that its MARK will have. Raises Unreachable."""
+        """Take a cut now and return the cut_seq of its MARK, which is on its way then.
+
+        Raises:
+            Unreachable: The tap is away, or the MARK could not be sent in time.
+        """
         cut = await self.tap.cut(tag)
+        sent: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._awaited[cut.seq] = sent
         self._took(cut)
-        return cut.seq << cuts.SEQ_SHIFT
+        try:
+            async with asyncio.timeout(MARK_S):
+                return await sent
+        except TimeoutError as error:
+            raise Unreachable("the cut could not be sent yet", why=f"not within {MARK_S:g} s") from error
+        finally:
+            self._awaited.pop(cut.seq, None)
 
     async def resync(self, replica: Replica) -> None:
         """Compare a whole volume again, at somebody's wish."""
@@ -181,7 +205,7 @@ class Session:
         except (CorruptRecord, JournalGap) as error:
             log.error("journal_not_readable", volume=replica.spec.name, error=str(error))
             await self.tap.resync_required(id, position.lsn, position.ordinal)
-            raise Restart from error
+            raise Restart("a journal could not be read on") from error
         stream.resync_at = replica.state().incarnation
         stream.resync = replica.resync = resync
         stream.copied = replica.copied = copied and not resync
@@ -325,7 +349,7 @@ class Session:
             position = self._positions[stream.id]
             await self.tap.resync_required(stream.id, max(position.lsn, state.captured_lsn), position.ordinal)
             replica.safe.clear()
-            raise Restart from error
+            raise Restart("a journal could not be read on") from error
         for frame in frames:
             if self.streams.get(stream.id) is not stream:
                 return True
@@ -335,7 +359,7 @@ class Session:
     async def _send_frame(self, stream: cuts.Stream, frame: Frame) -> None:
         stream.delta.was_sent(frame)
         for cut in frame.cuts:
-            self._pending.add(cut)
+            self._pending.add(cuts.served(cut))
         if frame.raw is None:
             await self.link.send(frame.message)
             return
@@ -363,21 +387,20 @@ class Session:
             if not cuts.ready(cut, self.streams):
                 break
             self._pending.remove(cut)
-            await self._send_mark(cut, cut.seq << cuts.SEQ_SHIFT)
+            await self._send_mark(cut)
             sent = True
         records, size = self._since_mark
         if records > cuts.OWN_RECORDS or size > cuts.OWN_BYTES:
-            seq = self._pending.own_seq()
-            if seq is not None:
-                dirty = any(
-                    state is None or state.dirty_regions > 0 or state.capture_mode != DATA
-                    for state in (replica.state_or_none() for replica in self.replicas.values())
-                )
-                await self._send_mark(cuts.own_cut(self.streams, time.time_ns(), dirty=dirty), seq)
-                sent = True
+            dirty = any(
+                state is None or state.dirty_regions > 0 or state.capture_mode != DATA
+                for state in (replica.state_or_none() for replica in self.replicas.values())
+            )
+            await self._send_mark(cuts.own_cut(self.streams, time.time_ns(), dirty=dirty))
+            sent = True
         return sent
 
-    async def _send_mark(self, cut: Cut, seq: int) -> None:
+    async def _send_mark(self, cut: Cut) -> None:
+        seq = self._pending.wire_seq(cut)
         mark = cuts.make_mark(cut, seq, self.streams)
         self._since_mark = (0, 0)
         self._unacked[seq] = mark
@@ -385,6 +408,9 @@ class Session:
         failpoint("agent.before_mark")
         await self.link.send(mark)
         failpoint("agent.after_mark")
+        awaited = self._awaited.get(cut.seq)
+        if awaited is not None and not awaited.done():
+            awaited.set_result(seq)
 
     # --- cuts ---
 
@@ -406,6 +432,7 @@ class Session:
                 log.warning("no_cut", error=str(error))
 
     def _took(self, cut: Cut) -> None:
+        cut = cuts.served(cut)
         self._pending.add(cut)
         for entry in cut.volumes:
             self._last_cut[entry.volume] = entry.lsn
@@ -460,7 +487,7 @@ class Session:
             # The tap found out, or was told, that writes may have passed it by: once more, or for the first
             # time in this session.
             replica.safe.clear()
-            raise Restart
+            raise Restart("a volume's continuity changed")
         stream.paused = replica.paused
         if stream.paused or stream.delta.incarnation is None or state.flags & FAILED:
             return

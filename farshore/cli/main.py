@@ -33,6 +33,7 @@ VERBS: Final[dict[str, Verb]] = {
     "server": Verb("farshore.cli.server:command", "Make, take over and run a process server."),
     "token": Verb("farshore.cli.token:command", "Make a token with which a machine enrols."),
     "agent": Verb("farshore.cli.agent:command", "Enrol a machine and run its agent."),
+    "volume": Verb("farshore.cli.volume:command", "Protect disks and look after them."),
     "machine": Verb("farshore.cli.machine:command", "List and revoke machines."),
     "status": Verb("farshore.cli.status:command", "Show every machine, the one in most trouble first."),
     "point": Verb("farshore.cli.point:command", "List and create recovery points."),

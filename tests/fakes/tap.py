@@ -47,7 +47,7 @@ class FakeTap:
         self.items: list[Item] = []
         self.waiting: list[tuple[int, int, bytes]] = []
         self.captured = self.durable = 0
-        self.cut_seq = int(time.time())
+        self.cut_seq = time.time_ns()
         self.digests: dict[int, bytes] = {}
         self.dirty_set: set[int] = set()
         self.round = 0
@@ -143,7 +143,7 @@ class FakeTap:
     async def cut(self, tag: str | None) -> Cut:
         if self.down:
             raise Unreachable("the tap is down")
-        self.cut_seq += 1
+        self.cut_seq = max(self.cut_seq + 1, time.time_ns())
         last = next((item for item in reversed(self.items) if isinstance(item, Batch)), None)
         fresh = last is not None and bool(last.records["type"][0] != MARK)
         entry = CutVolume(
@@ -192,7 +192,7 @@ class FakeJournal:
     def __init__(self, tap: FakeTap) -> None:
         self.tap = tap
         self.at = 0
-        self.announce: IncarnationStart | None = None
+        self.beginning: IncarnationStart | None = None
 
     def position(self, incarnation_id: bytes, lsn: int, digest: bytes) -> bool:
         start: IncarnationStart | None = None
@@ -201,27 +201,27 @@ class FakeJournal:
                 start = item
                 previous = start.incarnation
                 if (previous.id, start.first_lsn - 1) == (incarnation_id, lsn):
-                    self.at, self.announce = index + 1, start
+                    self.at, self.beginning = index + 1, start
                     key = incarnation_key(self.tap.machine, self.tap.spec.id, previous.id)
                     return digest == first_digest(
                         key, previous.previous, previous.previous_last_lsn, previous.previous_digest
                     )
             elif start and start.incarnation.id == incarnation_id and item.last_lsn == lsn:
-                self.at, self.announce = index + 1, start
+                self.at, self.beginning = index + 1, start
                 return item.digest == digest
         return False
 
     def start_at_oldest(self) -> None:
-        self.at, self.announce = 0, None
+        self.at, self.beginning = 0, None
 
     def start_at_newest(self) -> None:
         items = self.tap.items
         self.at = max(i for i, item in enumerate(items) if isinstance(item, IncarnationStart))
-        self.announce = None
+        self.beginning = None
 
     def read(self, durable: tuple[bytes, int], bytes_max: int) -> list[Item]:
-        found: list[Item] = [self.announce] if self.announce else []
-        self.announce = None
+        found: list[Item] = [self.beginning] if self.beginning else []
+        self.beginning = None
         size = 0
         while self.at < len(self.tap.items) and size < bytes_max:
             item = self.tap.items[self.at]
@@ -232,3 +232,6 @@ class FakeJournal:
             found.append(item)
             self.at += 1
         return found
+
+    def announce(self, durable: tuple[bytes, int]) -> list[Item]:
+        return []
