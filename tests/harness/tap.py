@@ -58,6 +58,9 @@ class TapHost:
 
     def start(self, *wrapper: str, env: dict[str, str] | None = None) -> "TapHost":
         """Start the tap, perhaps under another program (strace), and wait until it is ready."""
+        if self.process is not None:  # it died by itself
+            self.process.wait(timeout=30)
+            self._close()
         log = self.log.open("ab")
         self.process = subprocess.Popen(
             [*wrapper, sys.executable, "-m", "agent.tap", str(self.directory)],
