@@ -183,6 +183,31 @@ def test_a_disk_written_behind_our_back_is_compared_not_redone(tmp_path: Path, s
         assert not host.status().resync
 
 
+def test_killed_after_noting_that_a_compare_is_due(tmp_path: Path) -> None:
+    with TapHost(tmp_path / "agent") as host:
+        config = host.add(size=SIZE)
+        host.start()
+        assert host.stop() == 0
+        time.sleep(0.05)
+        os.utime(config.disk)  # what a write by somebody else does to ctime
+        with pytest.raises(AssertionError, match="not ready"):
+            host.start(env={"FARSHORE_FAILPOINTS": "tap.open.resync_noted=kill"})
+        host.start()
+        assert host.status().resync
+
+
+def test_killed_at_the_end_of_an_orderly_stop(tmp_path: Path) -> None:
+    with TapHost(tmp_path / "agent") as host:
+        config = host.add(size=SIZE)
+        host.start(env={"FARSHORE_FAILPOINTS": "tap.stop.sealed=kill"})
+        with load(host, tmp_path):
+            time.sleep(0.2)
+        assert host.stop() == -signal.SIGKILL
+        restart(host)
+        assert host.stop() == 0
+        check_disk(host, config, tmp_path / "ledger")
+
+
 def test_a_killed_tap_redoes_what_the_disk_does_not_have(tmp_path: Path) -> None:
     with TapHost(tmp_path / "agent") as host:
         config = host.add(size=SIZE, group_commit_ms=1000.0)
