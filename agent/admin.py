@@ -30,6 +30,10 @@ log = get_logger()
 Handle = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
+class NotRunning(errors.Unreachable):
+    """There is no agent, so nothing was asked of it."""
+
+
 class AdminServer:
     """Listens until closed; each request is answered by ``handle(verb, arguments)``."""
 
@@ -86,7 +90,8 @@ def ask(directory: Path, verb: str, **arguments: object) -> dict[str, Any]:
     """Ask the running agent of ``directory`` and return its answer. Blocks.
 
     Raises:
-        Unreachable: No agent runs there.
+        NotRunning: No agent runs there.
+        Unreachable: It ended, or took too long; whether it did what was asked is not known.
         FarshoreError: What the agent raised, as the same class.
     """
     path = Layout(directory).agent_socket
@@ -95,15 +100,22 @@ def ask(directory: Path, verb: str, **arguments: object) -> dict[str, Any]:
         connection.settimeout(REPLY_S)
         try:
             connection.connect(str(path))
+        except (FileNotFoundError, ConnectionError) as error:
+            raise NotRunning(
+                "the agent does not run",
+                where=str(directory),
+                fix=f"start it with 'farshore agent run {directory}'",
+            ) from error
+        try:
             connection.sendall(_LENGTH.pack(len(body)) + body)
             (size,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
             reply = msgspec.msgpack.decode(_receive(connection, size), type=dict[str, Any])
-        except (FileNotFoundError, ConnectionError, TimeoutError) as error:
+        except (ConnectionError, TimeoutError) as error:
             raise errors.Unreachable(
-                "the agent does not answer",
+                "the agent did not answer",
                 where=str(directory),
                 why=error.strerror or str(error),
-                fix=f"start it with 'farshore agent run {directory}'",
+                fix="what was asked may have happened: look with 'farshore volume list'",
             ) from error
     if "error" in reply:
         raise _raised(reply["error"])

@@ -82,14 +82,14 @@ def protect_command(
     root disk cannot. From here on the workload uses the volume's URI or device, never the disk itself.
     """
     # Imported when used: --help and completion start without numpy.
-    from agent.admin import ask
+    from agent.admin import NotRunning, ask
     from agent.volume_admin import entries, protect_without_agent, to_config
 
     config = to_config(directory, name, disk, capture, listen_path(listen), attach)
     running = True
     try:
         reply = ask(directory, "protect", config=config)
-    except Unreachable:
+    except NotRunning:
         running = False
         protect_without_agent(directory, config)
         reply = {"volumes": entries(directory, name), "notes": []}
@@ -109,12 +109,14 @@ def protect_command(
 @_json
 def list_command(directory: Path, as_json: bool) -> None:
     """List the protected volumes of this machine."""
-    from agent.admin import ask
+    from agent.admin import NotRunning, ask
+    from agent.config import load
     from agent.volume_admin import entries
 
     try:
         volumes = ask(directory, "list")["volumes"]
-    except Unreachable:
+    except NotRunning:
+        load(directory)
         volumes = entries(directory)
         _say("the agent does not run: states are as of its last run")
     _print({"volumes": volumes}, as_json)
@@ -143,12 +145,12 @@ _simple("resume", "End a pause.")
 @_json
 def unprotect_command(name: str, directory: Path, as_json: bool) -> None:
     """Stop protecting NAME. The disk keeps what was written; recovery points stay in the vault."""
-    from agent.admin import ask
+    from agent.admin import NotRunning, ask
     from agent.volume_admin import entries, unprotect_without_agent
 
     try:
         reply = ask(directory, "unprotect", name=name)
-    except Unreachable:
+    except NotRunning:
         unprotect_without_agent(directory, name)
         reply = {"volumes": entries(directory)}
     _print({"volumes": reply["volumes"]}, as_json)
