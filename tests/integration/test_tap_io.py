@@ -255,7 +255,14 @@ def test_the_fields_own_clients(host: TapHost, tmp_path: Path) -> None:
     back = tmp_path / "back.raw"
     run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, back)
     assert back.read_bytes() == bytes(content)
-    verify = ("--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--io_size=24M", "--size=16M")
+    verify = (
+        "--verify=crc32c",
+        "--verify_state_save=0",
+        "--do_verify=1",
+        "--verify_fatal=1",
+        "--io_size=24M",
+        "--size=16M",
+    )
     mixed = ("--rw=randwrite", "--bsrange=4k-256k", "--bs_unaligned=0", "--iodepth=32")
     run("fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", *mixed, *verify)
     assert host.status().mode == "data"
