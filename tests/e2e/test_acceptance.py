@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -62,12 +63,13 @@ class _Changing:
     def _run(self) -> None:
         rng = random.Random(9)
         files = [os.open(self._root / f"busy{n}", os.O_RDWR | os.O_CREAT) for n in range(8)]
-        while not self._over.is_set():
-            for _ in range(20):
-                os.pwrite(rng.choice(files), rng.randbytes(4096), rng.randrange(1024) * 4096)
-                self.writes += 1
-            os.fdatasync(rng.choice(files))
-            time.sleep(0.01)
+        with suppress(OSError):  # the disk dies under it, as the test means it to
+            while not self._over.is_set():
+                for _ in range(20):
+                    os.pwrite(rng.choice(files), rng.randbytes(4096), rng.randrange(1024) * 4096)
+                    self.writes += 1
+                os.fdatasync(rng.choice(files))
+                time.sleep(0.01)
         for fd in files:
             os.close(fd)
 
@@ -133,7 +135,7 @@ def _kill_attachment(disk: Path, device: str) -> None:
                 words = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if words.startswith(b"qemu-storage-daemon") and str(disk.parent).encode() in words:
+            if b"qemu-storage-daemon" in words.split(b"\0")[0] and str(disk.parent).encode() in words:
                 os.kill(int(entry.name), signal.SIGKILL)
     subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
 
