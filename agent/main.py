@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import uvloop
-from prometheus_client import CollectorRegistry
 
 from agent import config
 from agent.service import Service
 from agent.volume_admin import agent_lock
 from farshore import systemd, telemetry
 from farshore.clock import SystemClock
-from farshore.errors import ConfigError, FarshoreError
+from farshore.errors import FarshoreError
 
 
 def main(directory: Path) -> int:
@@ -39,7 +38,10 @@ async def _run(directory: Path, settings: config.AgentConfig) -> None:
         loop.add_signal_handler(number, stopping.set)
     registry = telemetry.make_registry("agent")
     service = Service(directory, settings, SystemClock(), registry)
-    metrics = telemetry.serve_metrics(settings.metrics_host, settings.metrics_port, registry, service.healthz)
+    port = settings.metrics_port
+    metrics = telemetry.serve_metrics(
+        settings.metrics_host, port, registry, service.healthz, may_move=port == config.METRICS_PORT
+    )
 
     def ready() -> None:
         line = {
@@ -65,24 +67,6 @@ async def _run(directory: Path, settings: config.AgentConfig) -> None:
     finally:
         systemd.stopping()
         metrics.close()
-
-
-def _serve_metrics(
-    settings: config.AgentConfig, registry: CollectorRegistry, service: Service
-) -> telemetry.MetricsServer:
-    """Listen for metrics; where somebody has the usual port, on any: the disks matter more.
-
-    Raises:
-        ConfigError: A port that was chosen on purpose cannot be had.
-    """
-    host, port = settings.metrics_host, settings.metrics_port
-    try:
-        return telemetry.serve_metrics(host, port, registry, service.healthz)
-    except ConfigError as error:
-        if port != config.METRICS_PORT:
-            raise
-        telemetry.get_logger().warning("metrics_on_another_port", error=str(error))
-        return telemetry.serve_metrics(host, 0, registry, service.healthz)
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

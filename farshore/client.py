@@ -75,8 +75,7 @@ def load(explicit: Path | None = None) -> ClientConfig:
     Raises:
         ConfigError: There is none, others can read it, or it makes no sense.
     """
-    named = explicit or (Path(given) if (given := os.environ.get("FARSHORE_CLIENT")) else None)
-    path = named or next((place for place in places() if place.exists()), None)
+    path = _path(explicit)
     if path is None:
         raise ConfigError(
             "do not know where the process server is",
@@ -97,6 +96,18 @@ def load(explicit: Path | None = None) -> ClientConfig:
     except ValueError as error:
         raise ConfigError("cannot use the configuration", where=str(path), why=str(error)) from error
     return config
+
+
+def server_directory() -> Path | None:
+    """Return the directory of the server that ``client.toml`` was made by, when that is on this host."""
+    path = _path(None)
+    directory = path.resolve().parent if path else None
+    return directory if directory and (directory / "server.toml").exists() else None
+
+
+def _path(explicit: Path | None) -> Path | None:
+    named = explicit or (Path(given) if (given := os.environ.get("FARSHORE_CLIENT")) else None)
+    return named or next((place for place in places() if place.exists()), None)
 
 
 class Client:

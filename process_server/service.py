@@ -71,6 +71,8 @@ class Identity(Protocol):
 
     def allowed(self, machine_id: bytes, certificate: bytes) -> bool: ...
 
+    def name_of(self, machine_id: bytes) -> str | None: ...
+
 
 @dataclass(eq=False)
 class Peer:
@@ -425,6 +427,8 @@ class ProcessServer:
             raise AuthError("the certificate is another machine's", where=hello.machine[:64])
         if not valid_name(hello.machine):
             raise Refused("protocol", "a machine without a proper name")
+        if hello.machine != self._identity.name_of(peer.machine):
+            raise AuthError("the machine is enrolled under another name", where=hello.machine)
         machine = await self._machine(peer.machine, hello.machine)
         if machine.session is not None:
             self.end_session(machine.session, "superseded", "a newer session of this machine")

@@ -25,12 +25,12 @@ command = LazyGroup(
 
 
 @click.command("enrol", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, resolve_path=True))
 @click.option("--server", required=True, metavar="HOST:PORT", help="The process server's address.")
 @click.option(
     "--token-file",
     required=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, resolve_path=True),
     metavar="FILE",
     help="What 'farshore token create' printed.",
 )

@@ -6,7 +6,7 @@ import click
 
 
 @click.command("run", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, resolve_path=True))
 def command(directory: Path) -> int:
     """Run the agent of DIR in the foreground.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from farshore.cli.vaultopts import vault_options
+from farshore.cli.vaultopts import open_vault_of, vault_options
 from farshore.clock import SystemClock
 from farshore.errors import UsageError
 
@@ -47,7 +47,6 @@ def command(
 ) -> int:
     """Serve a volume of MACHINE over NBD, in the foreground; read-only without --overlay."""
     # Imported when used: --help and completion start without numpy and zstd.
-    from process_server.recovery.access import open_access
     from process_server.recovery.export import VolumeExport, parse_address
     from process_server.recovery.image import VolumeImage
     from process_server.recovery.points import find_machine, resolve
@@ -55,7 +54,7 @@ def command(
     address = parse_address(nbd)
     if hydrate and overlay is None:
         raise UsageError("--hydrate needs --overlay", why="there is nowhere to copy to")
-    access = open_access(vault=vault, recovery_key_file=recovery_key_file, server_dir=server_dir)
+    access = open_vault_of(vault, recovery_key_file, server_dir)
     chain = find_machine(access.store, access.keys, machine)
     cut = resolve(chain, point, volume=volume, allow_fuzzy=allow_fuzzy, now_ns=SystemClock().wall_ns())
     image = VolumeImage(chain, cut, volume)

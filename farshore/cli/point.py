@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from farshore.cli.clientopts import client_option, open_client
-from farshore.cli.vaultopts import vault_options
+from farshore.cli.vaultopts import open_vault_of, vault_options
 from farshore.errors import UsageError
 from farshore.units import parse_duration
 
@@ -19,17 +19,25 @@ def command() -> None:
 @command.command("list")
 @click.argument("machine")
 @vault_options
+@client_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_command(
-    machine: str, vault: str | None, recovery_key_file: Path | None, server_dir: Path | None, as_json: bool
+    machine: str,
+    vault: str | None,
+    recovery_key_file: Path | None,
+    server_dir: Path | None,
+    client_file: Path | None,
+    as_json: bool,
 ) -> None:
-    """List the recovery points of MACHINE, oldest first."""
-    # Imported when used: --help and completion start without numpy and zstd.
-    from process_server.recovery.access import open_access
-    from process_server.recovery.points import find_machine, list_points
+    """List the recovery points of MACHINE, oldest first; of the server in use unless a vault is named."""
+    if vault is None and recovery_key_file is None and server_dir is None:
+        points = open_client(client_file).get("machines", machine, "points")
+    else:
+        # Imported when used: --help and completion start without numpy and zstd.
+        from process_server.recovery.points import find_machine, list_points
 
-    access = open_access(vault=vault, recovery_key_file=recovery_key_file, server_dir=server_dir)
-    points = [point.as_dict() for point in list_points(find_machine(access.store, access.keys, machine))]
+        access = open_vault_of(vault, recovery_key_file, server_dir)
+        points = [point.as_dict() for point in list_points(find_machine(access.store, access.keys, machine))]
     print(json.dumps(points) if as_json else table(points))
 
 

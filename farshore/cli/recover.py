@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from farshore.cli.vaultopts import vault_options
+from farshore.cli.vaultopts import open_vault_of, vault_options
 from farshore.clock import SystemClock
 from farshore.errors import Conflict, Failed, FarshoreError, UsageError
 from farshore.units import format_size
@@ -57,11 +57,10 @@ def command(
 ) -> int:
     """Write the volumes of MACHINE at a point to a file, a device or, several of them, a directory."""
     # Imported when used: --help and completion start without numpy and zstd.
-    from process_server.recovery.access import open_access
     from process_server.recovery.points import find_machine, resolve
 
     started = time.monotonic()
-    access = open_access(vault=vault, recovery_key_file=recovery_key_file, server_dir=server_dir)
+    access = open_vault_of(vault, recovery_key_file, server_dir)
     chain = find_machine(access.store, access.keys, machine)
     cut = resolve(chain, point, volume=volume, allow_fuzzy=allow_fuzzy, now_ns=SystemClock().wall_ns())
     names = [entry.name for entry in cut.point.head.volumes] if volume is None else [volume]

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
-_directory = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+_directory = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, resolve_path=True))
 _key_file = click.option(
     "--recovery-key-file",
     required=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, resolve_path=True),
     metavar="FILE",
     help="The vault's recovery key.",
 )

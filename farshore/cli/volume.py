@@ -27,7 +27,7 @@ def _agent_option(function: F) -> F:
         "--agent",
         "directory",
         required=True,
-        type=click.Path(path_type=Path),
+        type=click.Path(path_type=Path, resolve_path=True),
         metavar="DIR",
         help="The agent's directory.",
     )(function)
@@ -48,7 +48,7 @@ def command() -> None:
 @click.option(
     "--disk",
     required=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, resolve_path=True),
     metavar="PATH",
     help="Block device or image file.",
 )

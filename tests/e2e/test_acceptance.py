@@ -138,6 +138,10 @@ def _kill_attachment(disk: Path, device: str) -> None:
             if b"qemu-storage-daemon" in words.split(b"\0")[0] and str(disk.parent).encode() in words:
                 os.kill(int(entry.name), signal.SIGKILL)
     subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
+    for line in Path("/proc/mounts").read_text().splitlines():
+        mounted = line.split()[1]
+        if mounted.startswith(f"{disk.parent}/"):
+            subprocess.run(["umount", "--lazy", mounted], check=False)
 
 
 @pytest.mark.timeout(400)

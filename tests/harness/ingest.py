@@ -64,6 +64,9 @@ class AllowAll:
     def allowed(self, machine_id: bytes, certificate: bytes) -> bool:
         return machine_id not in self.denied
 
+    def name_of(self, machine_id: bytes) -> str | None:
+        return "host-1"
+
 
 @dataclass
 class Site:
