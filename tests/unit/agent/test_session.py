@@ -1,0 +1,96 @@
+"""What a session reads of the journal, and what it lets the tap free."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agent.journal.state import DATA, StatePageWriter
+from agent.link import Server
+from agent.replicate.ports import Item, VolumeSpec
+from agent.replicate.replica import Replica
+from agent.replicate.session import Session
+from farshore.errors import Unreachable
+from farshore.wire import messages as m
+
+VOLUME, INCARNATION = b"v" * 16, b"i" * 16
+
+
+class NotingJournal:
+    """Has nothing, and notes up to where it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[bytes, int]] = []
+
+    def position(self, incarnation_id: bytes, lsn: int, digest: bytes) -> bool:
+        return True
+
+    def start_at_oldest(self) -> None:
+        pass
+
+    def start_at_newest(self) -> None:
+        pass
+
+    def read(self, durable: tuple[bytes, int], bytes_max: int) -> list[Item]:
+        self.asked.append(durable)
+        return []
+
+    def announce(self, durable: tuple[bytes, int]) -> list[Item]:
+        self.asked.append(durable)
+        return []
+
+
+class NotingTap:
+    """Notes what it is told of as vaulted."""
+
+    def __init__(self) -> None:
+        self.vaulted_lsns: list[int] = []
+
+    async def vaulted(self, volume: bytes, incarnation: bytes, lsn: int) -> None:
+        self.vaulted_lsns.append(lsn)
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unreachable(f"no {name} here")
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[Session, Replica, NotingJournal, NotingTap]:
+    journal, tap = NotingJournal(), NotingTap()
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    spec = VolumeSpec(VOLUME, "data", tmp_path / "disk", 1 << 20, 512, tmp_path, tmp_path / "state")
+    page = StatePageWriter.create(spec.state_page, incarnation=INCARNATION, boot_id=bytes(16))
+    page.update(captured_lsn=9, durable_lsn=5, applied_lsn=4, capture_mode=DATA, flags=0)
+    replica = Replica(spec, journal)
+    position = m.VolumePosition(VOLUME, INCARNATION, 1, 3, bytes(32), True, 0, False)
+    welcome = m.Welcome(1, b"s" * 16, b"V" * 16, 1, 1, m.Policy(1.0, 65536, 1, 1 << 20), (position,))
+    link: Any = SimpleNamespace(server=Server("localhost", 1, b"V" * 16, tmp_path))
+    counters: Any = SimpleNamespace(sent=lambda *_: None, record=lambda *_: None)
+    replicas = {VOLUME: replica}
+
+    async def command(message: m.Command) -> m.Result:
+        raise AssertionError
+
+    return Session(link, welcome, replicas, tap, counters, command), replica, journal, tap
+
+
+async def test_the_journal_is_read_as_far_as_it_is_durable(
+    parts: tuple[Session, Replica, NotingJournal, NotingTap],
+) -> None:
+    session, replica, journal, _ = parts
+    await session._open(replica)
+    await asyncio.wait_for(session._send_records(session.streams[VOLUME], replica), 10)
+    assert set(journal.asked) == {(INCARNATION, 5)}
+
+
+async def test_the_tap_may_free_what_is_vaulted_and_nothing_else(
+    parts: tuple[Session, Replica, NotingJournal, NotingTap],
+) -> None:
+    session, replica, _, tap = parts
+    await session._open(replica)
+    for level, lsn in (("received", 5), ("vaulted", 4)):
+        here = m.Vaulted(VOLUME, INCARNATION, lsn, bytes(32))
+        await session._acknowledged(m.Ack(level, lsn, 2, "p", "crash", (here,)))
+    assert tap.vaulted_lsns == [4]
+    assert replica.vaulted_lsn == 4
