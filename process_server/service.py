@@ -689,7 +689,9 @@ class ProcessServer:
             return
 
         async def answer() -> None:
-            table = await asyncio.shield(building)
+            await asyncio.wait({building})
+            # A commit outside a resync cancels the table. Unanswered, the agent would wait for ever.
+            table = None if building.cancelled() else building.result()
             worker.channel.send(ipc.Answers(message.request), self._answers(session, offers, table))
 
         assert self._group is not None

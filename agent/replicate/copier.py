@@ -39,6 +39,9 @@ COPIES_AHEAD: Final = 64
 """COPYs not yet ACCEPTED on one connection; the credit bounds their bytes."""
 KEEPALIVE_S: Final = 5.0
 """A data connection that is silent for 20 s is closed; an OFFER of nothing is a sign of life."""
+ANSWER_S: Final = 600.0
+"""Nothing heard for this long while answers are due: a server that builds its table of a large volume may
+take minutes, one that forgot to answer must not stop a copy for ever."""
 TAP_WAIT_S: Final = 0.2
 """Between looks for a tap that is being started again."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -277,6 +280,7 @@ class Copier:
         self._stopping = False
         self._received = bytearray()
         self._reported_wire_bytes = 0
+        self._heard_at = time.monotonic()
 
     def run(self) -> None:
         """Work until told to stop. Raises LinkDown, OSError; EOFError when the agent is gone."""
@@ -476,6 +480,11 @@ class Copier:
         """Take what has arrived from both sides; wait up to ``timeout_s`` for something."""
         watched: list[BlockingLink | socket.socket] = [self._link, self._parent]
         readable, _, _ = select.select(watched, [], [], timeout_s)
+        now = time.monotonic()
+        if self._link in readable or not (self._sent or self._offers):
+            self._heard_at = now
+        elif now - self._heard_at > ANSWER_S:
+            raise LinkDown("silent", f"no answer for {ANSWER_S:g} s", where=self._link.server.address)
         if self._link in readable:
             for message in self._link.receive():
                 self._heard(message)

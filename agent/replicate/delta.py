@@ -110,7 +110,7 @@ def frames(volume: bytes, items: Iterable[Item], resync: bytes = b"") -> Iterabl
             if group:
                 yield data_frame(volume, group)
                 group, size = [], 0
-            yield Frame(_start(volume, item, item.incarnation.id == resync), started=item)
+            yield Frame(start_message(volume, item, item.incarnation.id == resync), started=item)
             continue
         if group and size + len(item.raw) > DATA_BYTES_MAX:
             yield data_frame(volume, group)
@@ -139,7 +139,8 @@ def cuts_in(batch: Batch) -> list[Cut]:
     return [decode_cut(batch.payload[int(starts[at]) : int(ends[at])]) for at in marks.tolist()]
 
 
-def _start(volume: bytes, started: IncarnationStart, resync: bool) -> m.IncarnationStart:
+def start_message(volume: bytes, started: IncarnationStart, resync: bool) -> m.IncarnationStart:
+    """INCARNATION-START as the stream has it."""
     incarnation = started.incarnation
     return m.IncarnationStart(
         volume,

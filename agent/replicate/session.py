@@ -16,7 +16,7 @@ from agent.link import Link, LinkDown
 from agent.replicate import copier, cuts
 from agent.replicate.copiers import CopierPool, setup_for
 from agent.replicate.copyrule import AcceptedCopy, CopyRule
-from agent.replicate.delta import Delta, Frame
+from agent.replicate.delta import Delta, Frame, start_message
 from agent.replicate.job import Job, dirty_units, whole_volume
 from agent.replicate.ports import DirtyRegions, Journal, Tap
 from agent.replicate.replica import Replica
@@ -164,7 +164,11 @@ class Session:
         if stream is not None:
             self._drop_job(stream)
             stream.copied, stream.resync = False, True
+            stream.resync_at = replica.state().incarnation
             replica.resync = True
+            if (here := stream.delta.incarnation) is not None:
+                # The same incarnation again, with the news that it is to be compared.
+                await self.link.send(start_message(stream.id, here, resync=True))
 
     def _place(self, position: m.VolumePosition) -> None:
         """A volume is in the session from here on, and so in every MARK; it sends when it is opened."""
@@ -505,7 +509,8 @@ class Session:
                 dirty.regions, dirty.region_bytes, self.policy.chunk_bytes, replica.spec.size_bytes
             )
             # Taken after the round began: no write of the round's regions went past the journal later.
-            job = Job("heal", units, compare=True, after=replica.state().captured_lsn)
+            # Not compared: what is dirty was written, and asking costs the server a table of the volume.
+            job = Job("heal", units, compare=False, after=replica.state().captured_lsn)
             self._heals[stream.id] = dirty
             self._begin(stream, job)
             log.info("healing_started", volume=replica.spec.name, bytes=job.total_bytes)
