@@ -1,6 +1,7 @@
 """A cut is one look at all volumes: none shows a write that another one's missing write came before."""
 
 import asyncio
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,9 @@ from agent.config import Layout
 from agent.journal.reader import IncarnationStart, JournalReader
 from agent.tap.service import Tap
 from agent.tap.volume import Volume
-from agent.volumes import load_volume
 from farshore.clock import SystemClock
 from farshore.hrl.batch import WRITE
-from farshore.hrl.cut import CutVolume, decode_cut
+from farshore.hrl.cut import decode_cut
 from farshore.ids import id_from_hex
 from farshore.nbd import codec
 from tests.harness.tap import MACHINE, TapHost
@@ -38,18 +38,17 @@ class Client:
         await self.answered.wait()
 
 
-def writes(directory: Path, volume: Volume, entry: CutVolume) -> int:
-    """How many writes of the volume are inside the cut, by its journal."""
+def lsns_of_writes(directory: Path, volume: Volume) -> list[int]:
+    """LSNs of the workload's writes, by the volume's journal."""
     reader = JournalReader(directory)
     reader.start_at_oldest()
-    count = 0
+    found: list[int] = []
     while items := reader.read((volume.incarnation, volume.durable_lsn), 1 << 24):
         for item in items:
             if not isinstance(item, IncarnationStart):
-                kinds = item.records["type"][: max(0, entry.lsn + 1 - item.first_lsn)]
-                count += int((kinds == WRITE).sum())
+                found += (np.flatnonzero(item.records["type"] == WRITE) + item.first_lsn).tolist()
     reader.close()
-    return count
+    return found
 
 
 async def test_no_volume_is_ahead_of_what_its_writer_had_seen(tmp_path: Path) -> None:
@@ -77,12 +76,14 @@ async def test_no_volume_is_ahead_of_what_its_writer_had_seen(tmp_path: Path) ->
             await asyncio.sleep(0.005)
         running = False
         await worker
-        folders = [Layout(tmp_path).volume(name) for name in NAMES]
-        ids = [id_from_hex(load_volume(tmp_path, name).id) for name in NAMES]
+        logged = [
+            lsns_of_writes(Layout(tmp_path).volume(name), volume)
+            for name, volume in zip(NAMES, (first, second), strict=True)
+        ]
         seen = []
         for cut in cuts:
-            places = {entry.volume: entry for entry in cut.volumes}
-            a, b = (writes(folders[at], (first, second)[at], places[ids[at]]) for at in (0, 1))
+            places = {entry.volume: entry.lsn for entry in cut.volumes}
+            a, b = (bisect_right(logged[at], places[volume.id]) for at, volume in enumerate((first, second)))
             assert b <= a <= b + 1, f"cut {cut.seq}: {a} writes to the first volume and {b} to the second"
             seen.append(a)
         assert seen[-1] > seen[0]
