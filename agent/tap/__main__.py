@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import uvloop
@@ -16,6 +17,16 @@ from agent.tap.service import Tap
 from farshore import systemd, telemetry
 from farshore.clock import SystemClock
 from farshore.errors import FarshoreError
+
+
+def die(what: threading.ExceptHookArgs) -> None:
+    """A thread of a volume has met what nobody expects: its state is unknown. A new start redoes the rest."""
+    telemetry.get_logger().critical(
+        "tap_thread_failed",
+        thread=what.thread.name if what.thread else "",
+        exc_info=(what.exc_type, what.exc_value, what.exc_traceback),
+    )
+    os._exit(70)
 
 
 async def serve(directory: Path) -> int:
@@ -58,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         telemetry.configure("tap")
         process.prepare()
+        threading.excepthook = die
         return uvloop.run(serve(directory))
     except FarshoreError as error:
         telemetry.get_logger().error("tap_not_started", **error.as_dict())

@@ -451,7 +451,10 @@ class Connection:
                 self._read(volume, request)
             case codec.FLUSH:
                 volume.flush(self, reply)
-            case codec.TRIM | codec.WRITE_ZEROES:
+            case codec.TRIM:
+                fua = bool(request.flags & codec.FUA)
+                volume.trim(request.offset, request.length, self, reply, fua=fua)
+            case codec.WRITE_ZEROES:
                 fua = bool(request.flags & codec.FUA)
                 volume.zero(request.offset, request.length, self, reply, fua=fua)
             case codec.BLOCK_STATUS:

@@ -32,13 +32,14 @@ class Disk:
     Attributes:
         fd: Open for reading and writing, locked.
         size_bytes: As it was when opened.
+        punches: It gives the space of zeros back, as far as is known.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self.fd = path, fd
         identity = read_disk_fd(fd)
         self.size_bytes, self.is_block = identity.size_bytes, identity.kind == BLOCK
-        self._punches = self._zeroes = True
+        self.punches = self._zeroes = True
 
     @classmethod
     def open(cls, path: Path, held: int | None = None) -> "Disk":
@@ -96,10 +97,10 @@ class Disk:
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeros, giving its space back where the disk can. Raises OSError."""
-        if self._punches:
+        if self.punches:
             if self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length):
                 return
-            self._punches = False
+            self.punches = False
         if self._zeroes:
             if self._fallocate(_ZERO_RANGE | _KEEP_SIZE, offset, length):
                 return

@@ -57,7 +57,7 @@ class Worker:
                 return
             try:
                 future.set_result(call())
-            except BaseException as error:
+            except Exception as error:
                 future.set_exception(error)
 
         self._queue.put(run)

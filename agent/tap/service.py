@@ -152,6 +152,8 @@ class Tap:
         async with entry.opening:
             await self._stop_entry(entry)
             self._entries.pop(name, None)
+            # Not left behind on the tmpfs; whoever still reads it sees the last state.
+            state_page(self._directory, entry.config).unlink(missing_ok=True)
 
     async def stop(self) -> bool:
         """Stop everything in order; True when every volume stopped cleanly."""

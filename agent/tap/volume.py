@@ -20,7 +20,7 @@ from agent.journal import state as states
 from agent.journal.dirty import DirtyMap
 from agent.journal.errors import JournalFailed, JournalFull
 from agent.journal.mark import Mark, MarkFile
-from agent.journal.recovery import recover
+from agent.journal.recovery import Recovered, recover
 from agent.journal.writer import JournalWriter
 from agent.tap import ladder as rungs
 from agent.tap.batch import Answering, Batch, Bytes, Pending, mark_batch, write_batch, zero_batch
@@ -197,6 +197,13 @@ class Volume:
         self._submit(zero_batch(self._clock.wall_ns(), offset, length, client, b"" if fua else reply))
         if fua:
             self.flush(client, reply)
+
+    def trim(self, offset: int, length: int, client: Answering, reply: bytes, *, fua: bool = False) -> None:
+        """Make a range zeros where that gives space back; elsewhere nothing is done, and nothing logged."""
+        if self.disk.punches:
+            self.zero(offset, length, client, reply, fua=fua)
+        else:
+            client.send(reply)
 
     def flush(self, client: Answering, reply: bytes) -> None:
         """Send ``reply`` when everything taken in so far is durable, in the journal and on the disk."""
@@ -532,8 +539,24 @@ class Volume:
     async def _climb(self) -> None:
         """Open a new incarnation above everything that was ever given out."""
         above = max(self.lsn, self.ladder.above_lsn)
+        # Not in the side thread: dirty bits are written there meanwhile, and wait no longer than agreed.
+        worker = Worker(f"{self.config.name}-climb")
+        old, self._writer = self._writer, None
         try:
-            writer = await self._aside(lambda: self._reopen(above))
+            recovered = await asyncio.wrap_future(worker.submit(lambda: self._look_again(old)))
+            await self._aside(lambda: self._tidy(recovered.corrupt or ""))
+            opening = worker.submit(
+                lambda: open_writer(
+                    self._place,
+                    self.config,
+                    self.size_bytes,
+                    recovered,
+                    self._clock,
+                    above_lsn=above,
+                    above_ordinal=self._above_ordinal,
+                )
+            )
+            writer = await asyncio.wrap_future(opening)
         except JournalFull as error:
             self._event(rungs.OpenFailed(str(error), room_only=True))
             return
@@ -541,6 +564,8 @@ class Volume:
             self._log.warning("journal_not_reopened", error=str(error))
             self._event(rungs.OpenFailed(str(error), room_only=False))
             return
+        finally:
+            worker.stop()
         if self._closed:
             writer.close()
             return
@@ -562,10 +587,10 @@ class Volume:
             await asyncio.wrap_future(worker.submit(self.disk.withdraw_testimony))
             worker.stop()
 
-    def _reopen(self, above_lsn: int) -> JournalWriter:
-        """In the side thread: close the old incarnation, see what it holds, open the next."""
-        if self._writer is not None:
-            self._writer.close()
+    def _look_again(self, old: JournalWriter | None) -> Recovered:
+        """In a thread of its own: close the old incarnation and see what the journal holds."""
+        if old is not None:
+            old.close()
         recovered = recover(
             self._place.folder,
             self._place.machine,
@@ -574,20 +599,15 @@ class Volume:
             boot_id=self._boot_id,
         )
         failpoint("tap.climb.recovered")
+        return recovered
+
+    def _tidy(self, corrupt: str) -> None:
+        """In the side thread: the dirty map and the mark, before a new incarnation goes by them."""
         self._renew_mark_file()
         self._keep_bits()
-        if recovered.corrupt:
-            self.resync = recovered.corrupt
+        if corrupt:
+            self.resync = corrupt
             self._write_mark()
-        return open_writer(
-            self._place,
-            self.config,
-            self.size_bytes,
-            recovered,
-            self._clock,
-            above_lsn=above_lsn,
-            above_ordinal=self._above_ordinal,
-        )
 
     def _renew_mark_file(self) -> None:
         """In the side thread: a mark file that failed once is not written again by the same object."""
@@ -701,7 +721,7 @@ class Volume:
         try:
             self._write_mark()
             self._free()
-        except JournalFailed as error:
+        except (JournalFailed, OSError) as error:
             self._post(rungs.Broken(str(error)))
 
     def _write_mark(self, clean: bool = False) -> None:

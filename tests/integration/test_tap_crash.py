@@ -19,6 +19,7 @@ from agent.volumes import VolumeConfig
 from farshore.errors import Conflict
 from farshore.failpoints import known_failpoints
 from farshore.nbd.client import connect as connect_nbd
+from farshore.nbd.codec import RequestError
 from farshore.stamps import Workload, check_prefix
 from farshore.units import MIB
 from farshore.workload import Ledger
@@ -206,6 +207,46 @@ def test_killed_at_the_end_of_an_orderly_stop(tmp_path: Path) -> None:
         restart(host)
         assert host.stop() == 0
         check_disk(host, config, tmp_path / "ledger")
+
+
+def test_a_thread_that_fails_ends_the_tap_and_the_next_one_redoes(tmp_path: Path) -> None:
+    with TapHost(tmp_path / "agent") as host:
+        config = host.add(size=SIZE)
+        host.start(env={"FARSHORE_FAILPOINTS": "tap.apply.before=raise:5"})
+        with load(host, tmp_path):
+            assert host.process is not None
+            assert host.process.wait(timeout=30) == 70
+            assert "tap_thread_failed" in host.log_text()
+            restart(host)
+        assert host.stop() == 0
+        check_disk(host, config, tmp_path / "ledger")
+
+
+@pytest.mark.needs("strace")
+def test_a_disk_whose_fdatasync_failed_is_written_again_by_the_next_start(tmp_path: Path) -> None:
+    with TapHost(tmp_path / "agent") as host:
+        config = host.add(size=SIZE)
+        trace = ("strace", "-f", "-qq", "-o", "/dev/null", "-P", config.disk)
+        host.start(*trace, "-e", "inject=fdatasync:error=EIO:when=1")
+
+        async def write() -> None:
+            async with connect_nbd(host.socket(), "disk") as client:
+                await client.write(0, b"k" * 4096)
+                for _ in range(2):  # the second fdatasync would return 0: it is not asked
+                    with pytest.raises(RequestError):
+                        await client.flush()
+                with pytest.raises(RequestError):
+                    await client.write(4096, b"l" * 4096)
+                assert await client.read(0, 4096) == b"k" * 4096
+
+        asyncio.run(write())
+        status = host.status()
+        assert "fdatasync" in status.failed
+        assert status.stable_lsn == 0
+        host.kill()
+        host.start()
+        assert host.status().redone == 1
+        assert host.status().failed == ""
 
 
 def test_a_killed_tap_redoes_what_the_disk_does_not_have(tmp_path: Path) -> None:
