@@ -308,7 +308,12 @@ def test_an_interrupted_recovery_leaves_nothing(tmp_path: Path, number: signal.S
     out = tmp_path / "out"
     out.mkdir()
     words = farshore(vault, "recover", "web1", "--point", "latest", "--to", out / "disk.img")
-    process = subprocess.Popen([sys.executable, "-m", "farshore", *words], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "farshore", *words],
+        stdout=subprocess.DEVNULL,
+        # A run in the background of a script has SIGINT ignored, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         # From its temporary file on it waits for its workers to start: there is time to hit it.
         until = time.monotonic() + 20
