@@ -153,8 +153,11 @@ class Site:
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment that points client verbs at this site's server."""
-        return {"FARSHORE_CLIENT": str(self.server_dir / "client.toml")}
+        """Environment that points client verbs at this site's server and leaves the user's own alone."""
+        return {
+            "FARSHORE_CLIENT": str(self.server_dir / "client.toml"),
+            "XDG_CONFIG_HOME": str(self.directory / "config"),
+        }
 
     def cli(self, *arguments: str | Path, code: int = 0, timeout: float = 300) -> str:
         return run(*arguments, code=code, timeout=timeout, env=self.env)

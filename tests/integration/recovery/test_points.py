@@ -181,7 +181,23 @@ def test_a_machine_is_found_by_name_or_id(vault: SmallVault) -> None:
             find_machine(vault.store, vault.keys, name)
 
 
-@pytest.mark.parametrize("words", [[], ["--vault", "file:///nowhere"], ["--recovery-key-file", "key"]])
-def test_a_vault_has_to_be_named_whole(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FARSHORE_SERVER_DIR", raising=False)
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server is known on this host."""
+    for name in ("FARSHORE_SERVER_DIR", "FARSHORE_CLIENT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.mark.usefixtures("nowhere")
+@pytest.mark.parametrize("words", [["--vault", "file:///nowhere"], ["--recovery-key-file", "key"]])
+def test_a_vault_has_to_be_named_whole(words: list[str]) -> None:
     assert main(["point", "list", "web1", *words]) == 2
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_without_a_vault_and_a_server_the_verbs_say_what_to_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["point", "list", "web1"]) == 3
+    assert "client.toml" in capsys.readouterr().err
+    assert main(["recover", "web1", "--point", "latest", "--to", "x.img"]) == 2
+    assert "--recovery-key-file" in capsys.readouterr().err
