@@ -246,9 +246,7 @@ async def run(options: argparse.Namespace, root: Path) -> None:
             f"vaulted in {elapsed:.2f} s, {size / 1e6 / elapsed:.0f} MB/s; last ACCEPTED at {accepted:.2f} s"
         )
         each = " ".join(f"{value:.1f}" for value in server_cpu.values())
-        print(
-            f"server CPU {sum(server_cpu.values()):.1f} s ({each}), senders {agent_cpu:.1f} s"
-        )
+        print(f"server CPU {sum(server_cpu.values()):.1f} s ({each}), senders {agent_cpu:.1f} s")
         print(f"stored {stored / 1e9:.2f} GB; server PSS at most {peak:.0f} MiB")
         if options.verify:
             left = blake3(site.image(agent.volume)).digest() == blake3(image.read_bytes()).digest()
