@@ -38,7 +38,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _pytest(tree: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     # A temporary folder of its own: pytest also clears those of other runs, and what it cannot remove there
     # (a mount that a killed test left) makes it exit with 1, as if a test had failed.
-    options = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={tree.parent / 'temporary'}"]
+    # Plain assertions: where CI is set pytest writes out whole differences, for a disk image in minutes.
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--assert=plain"]
+    options.append(f"--basetemp={tree.parent / 'temporary'}")
     command = [sys.executable, "-B", "-m", "pytest", *options, *tests]
     return subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, timeout=240)
 
