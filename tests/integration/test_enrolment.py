@@ -104,7 +104,7 @@ def test_init_writes_private_files_and_keeps_no_secret_in_the_settings(site: Sit
     settings = (directory / "server.toml").read_text()
     assert load(directory / "client.toml").token not in settings
     assert (directory / "slot.key").read_bytes().hex() not in settings
-    link = site.directory / "xdg/farshore/client.toml"
+    link = site.directory / "config/farshore/client.toml"
     assert link.resolve() == (directory / "client.toml").resolve()
 
 
