@@ -24,7 +24,7 @@ from agent.journal.continuity import Boot
 from agent.tap import opening
 from farshore.clock import Clock, SystemClock
 from farshore.ids import id_from_hex, new_id
-from farshore.site import Site
+from farshore.site import Site, wait_for
 from farshore.stamps import Workload, check_prefix
 from farshore.workload import Ledger
 from process_server.vault.chain import Chain
@@ -119,8 +119,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             listener.stop()
         finally:
             site.close()
-            subprocess.run(["umount", mount], check=True)
+            _unmount(mount)
     return Run(log, device, mount, workload, listener.told, first_cut)
+
+
+def _unmount(mount: Path) -> None:
+    """Unmount once the killed processes have let go; they may take a moment to end."""
+    wait_for(lambda: subprocess.run(["umount", mount], check=False).returncode == 0, 30, "the mount to be free")
 
 
 @contextmanager
