@@ -125,7 +125,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def _unmount(mount: Path) -> None:
     """Unmount once the killed processes have let go; they may take a moment to end."""
-    wait_for(lambda: subprocess.run(["umount", mount], check=False).returncode == 0, 30, "the mount to be free")
+    wait_for(
+        lambda: subprocess.run(["umount", mount], check=False).returncode == 0, 30, "the mount to be free"
+    )
 
 
 @contextmanager
