@@ -11,7 +11,7 @@ import random
 import socket
 import ssl
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from typing import Any, Final
 from farshore.errors import AuthError, ConfigError, FarshoreError
 from farshore.failpoints import failpoint
 from farshore.ids import id_to_hex
-from farshore.units import MIB
+from farshore.units import KIB, MIB
 from farshore.wire import frames
 from farshore.wire import messages as m
 
@@ -32,6 +32,8 @@ BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
 SEND_BUFFER_BYTES: Final = 4 * MIB
 """What may wait for the socket; beyond it the sender waits."""
+SEND_BYTES: Final = 256 * KIB
+"""Encrypted and handed to the kernel at a time, while it lies in the processor's cache."""
 
 REASONS: Final = (
     "unreachable",
@@ -400,12 +402,14 @@ class BlockingLink:
         """For select: readable when `receive` will find something new."""
         return self._socket.fileno()
 
-    def send(self, message: m.Message, raw: memoryview | None = None) -> None:
-        """Send one frame; ``raw`` may be reused when this returns. Raises LinkDown."""
+    def send(self, message: m.Message, raw: Sequence[bytes | memoryview] = ()) -> None:
+        """Send one frame; the buffers of ``raw`` may be reused when this returns. Raises LinkDown."""
         try:
-            self._tls.write(frames.encode(message, len(raw) if raw is not None else 0))
-            if raw is not None:
-                self._tls.write(raw)
+            self._tls.write(frames.encode(message, sum(map(len, raw))))
+            for part in raw:
+                self._tls.write(part)
+                if self._outgoing.pending >= SEND_BYTES:
+                    self._flush()
             self._flush()
         except (OSError, EOFError) as error:
             raise explain(error, self.server.address) from error

@@ -28,7 +28,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, replicas: Callable[[], Iterable[Replica]]) -> None:
         self._sent = Counter(
             "farshore_sent_bytes_total",
-            "Bytes sent to the process server: raw parts before TLS, and everything.",
+            "Bytes sent to the process server: data before compression and TLS, and everything on the wire.",
             ["stage"],
             registry=registry,
         )

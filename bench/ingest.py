@@ -28,9 +28,10 @@ from blake3 import blake3
 from farshore.pki import client_context
 from farshore.wire import frames
 from farshore.wire import messages as m
+from process_server.config import IngestConfig
 from tests.harness.ingest import Agent, Site, Wire
 
-BLOCK = 64 * 1024
+BLOCK = IngestConfig().chunk_bytes
 FRAME = 1024 * 1024
 WINDOW = 16
 ZEROS = bytes(BLOCK)

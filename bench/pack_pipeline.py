@@ -23,9 +23,9 @@ from pathlib import Path
 import zstandard
 from blake3 import blake3
 
+from farshore.compression import Codec
 from process_server.vault.keys import VaultKeys
 from process_server.vault.pack import PackBuilder, PackReader, SealedPack
-from process_server.vault.seal import Codec
 from process_server.vault.store.file import FileStore
 
 KEYS = VaultKeys(b"v" * 16, 1, b"m" * 32)

@@ -25,7 +25,8 @@ from blake3 import blake3
 
 from bench.harness import drop_caches, show, spread, version_of
 from farshore.ids import new_id
-from farshore.units import GIB, KIB, MIB
+from farshore.units import GIB, MIB
+from process_server.config import IngestConfig
 from process_server.vault.commit import (
     ROW_DTYPE,
     ZEROS,
@@ -42,7 +43,7 @@ from process_server.vault.pack import PackBuilder
 from process_server.vault.root import ROOT, decode_root, encode_root
 from process_server.vault.store import Store, open_store
 
-CHUNK_BYTES: Final = 64 * KIB
+CHUNK_BYTES: Final = IngestConfig().chunk_bytes
 COMMIT_BYTES: Final = 256 * MIB
 _PASSWORD: Final = "for this run only"
 

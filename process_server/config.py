@@ -11,7 +11,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -50,16 +50,19 @@ class IngestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         chunk_bytes: Aligned block that is deduplicated.
         pack_bytes: A pack is stored when it is this large.
         compression_level: zstd.
+        copies_compressed_by: Who compresses copied blocks: ``agent`` (a third of the bytes on the wire, the
+            work spread over all protected servers) or ``server`` (their processors are spared).
         copy_connections: Data connections an agent may use for copying.
         credit_bytes: Raw parts outstanding on a connection.
     """
 
     workers: Annotated[int, Meta(ge=1, le=64)] = 3
     point_interval_s: Annotated[float, Meta(ge=0.1, le=3600)] = 0.5
-    chunk_bytes: Annotated[int, Meta(ge=16 * KIB, le=MIB)] = 64 * KIB
+    chunk_bytes: Annotated[int, Meta(ge=16 * KIB, le=MIB)] = 128 * KIB
     pack_bytes: Annotated[int, Meta(ge=MIB, le=60 * MIB)] = 16 * MIB
     compression_level: Annotated[int, Meta(ge=-7, le=19)] = 1
-    copy_connections: Annotated[int, Meta(ge=1, le=16)] = 2
+    copies_compressed_by: Literal["agent", "server"] = "agent"
+    copy_connections: Annotated[int, Meta(ge=1, le=16)] = 3
     credit_bytes: Annotated[int, Meta(ge=8 * MIB, le=256 * MIB)] = 16 * MIB
 
 

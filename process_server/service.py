@@ -452,7 +452,11 @@ class ProcessServer:
         self._admit(peer, session)
         ingest = self._config.ingest
         policy = m.Policy(
-            ingest.point_interval_s, ingest.chunk_bytes, ingest.copy_connections, ingest.credit_bytes
+            ingest.point_interval_s,
+            ingest.chunk_bytes,
+            ingest.copy_connections,
+            ingest.credit_bytes,
+            ingest.compression_level if ingest.copies_compressed_by == "agent" else None,
         )
         positions = tuple(
             machine.position(volume) or empty_position(volume, empty=not machine.head.seq)

@@ -12,27 +12,39 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final
 
-import msgspec
 from blake3 import blake3
 
-from agent.journal.state import StatePageReader
 from agent.link import BlockingLink, LinkDown, Server
+from agent.replicate.disk import READ_BYTES, OpenDisk, Reader
+from agent.replicate.ipc import (
+    Broken,
+    Done,
+    FromCopier,
+    Ready,
+    Setup,
+    Stop,
+    Taken,
+    ToCopier,
+    Volume,
+    Work,
+    encode,
+    split,
+    to_copier,
+)
+from farshore import heap
+from farshore.compression import Codec
 from farshore.errors import FarshoreError
 from farshore.failpoints import failpoint
-from farshore.units import MIB
 from farshore.wire import messages as m
 
-READ_BYTES: Final = MIB
-"""One COPY: read, hashed and sent before the next (PERFORMANCE, section 2)."""
 OFFERS_AHEAD: Final = 2
 """Works whose OFFER was not answered: hides the round trip behind the hashing of the next."""
 COPIES_AHEAD: Final = 64
@@ -42,198 +54,8 @@ KEEPALIVE_S: Final = 5.0
 ANSWER_S: Final = 600.0
 """Nothing heard for this long while answers are due: a server that builds its table of a large volume may
 take minutes, one that forgot to answer must not stop a copy for ever."""
-TAP_WAIT_S: Final = 0.2
-"""Between looks for a tap that is being started again."""
 _PR_SET_PDEATHSIG: Final = 1
-_LENGTH: Final = struct.Struct("<I")
 _EMPTY_OFFER_TOKEN: Final = 0
-
-
-class Volume(msgspec.Struct, frozen=True, array_like=True):
-    """Where a copier finds a volume."""
-
-    id: bytes
-    disk: str
-    state_page: str
-
-
-class Setup(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """First message to a copier.
-
-    Attributes:
-        first_token: Tokens of this copier count up from here; unique in the session.
-    """
-
-    host: str
-    port: int
-    vault: bytes
-    identity: str
-    session: bytes
-    credit_bytes: int
-    chunk_bytes: int
-    first_token: int
-
-
-class Work(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Copy an extent.
-
-    Attributes:
-        compare: Offer hashes first.
-        applied_min: Reads count only while at least this LSN is applied: records from before it are no
-            longer remembered for cutting out.
-    """
-
-    number: int
-    volume: Volume
-    offset: int
-    length: int
-    compare: bool
-    applied_min: int
-
-
-class Stop(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """Finish what is under way and end."""
-
-
-class Ready(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """The data connection is attached."""
-
-
-class Taken(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """The server accepted a COPY of ``work``; fields as in `copyrule.AcceptedCopy`."""
-
-    work: int
-    token: int
-    offset: int
-    length: int
-    applied_lsn: int
-    captured_lsn: int
-
-
-class Done(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """All of ``work`` was accepted or found the same.
-
-    Attributes:
-        captured_lsn: After the last read.
-        sent_bytes, referenced_bytes, zero_bytes, same_bytes: What became of its bytes.
-        wire_bytes: Everything this copier sent since its last `Done`.
-    """
-
-    work: int
-    captured_lsn: int
-    sent_bytes: int
-    referenced_bytes: int
-    zero_bytes: int
-    same_bytes: int
-    wire_bytes: int
-
-
-class Broken(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """The copier ends: ``reason`` as in `agent.link.REASONS`, or ``disk``."""
-
-    reason: str
-    text: str
-
-
-_Message = TypeVar("_Message")
-ToCopier = Setup | Work | Stop
-FromCopier = Ready | Taken | Done | Broken
-_encoder: Final = msgspec.msgpack.Encoder()
-to_copier: Final = msgspec.msgpack.Decoder(ToCopier)
-from_copier: Final = msgspec.msgpack.Decoder(FromCopier)
-
-
-def encode(message: ToCopier | FromCopier) -> bytes:
-    """A message with its length before it."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-class Disk(Protocol):
-    """What `Reader` needs of a volume: its bytes, and the tap's counters."""
-
-    def read(self, target: memoryview, offset: int) -> int: ...
-
-    def position(self) -> "Position": ...
-
-    def served(self) -> bool:
-        """Tell whether the tap that `position` names still runs."""
-        ...
-
-
-class Position(msgspec.Struct, frozen=True, gc=False):
-    """The tap's counters at one moment; ``writer`` changes whenever another tap begins to write."""
-
-    writer: tuple[int, bytes]
-    applied_lsn: int
-    captured_lsn: int
-
-
-class OpenDisk:
-    """A protected disk and its volume's state page."""
-
-    def __init__(self, volume: Volume) -> None:
-        self.volume = volume
-        self._fd = os.open(volume.disk, os.O_RDONLY | os.O_CLOEXEC)
-        self._page = StatePageReader(Path(volume.state_page))
-
-    def read(self, target: memoryview, offset: int) -> int:
-        return os.preadv(self._fd, [target], offset)
-
-    def position(self) -> Position:
-        page = self._page.read()
-        return Position((page.process_id, page.incarnation), page.applied_lsn, page.captured_lsn)
-
-    def served(self) -> bool:
-        try:
-            os.kill(self._page.read().process_id, 0)
-        except ProcessLookupError:
-            return False
-        return True
-
-
-@dataclass(slots=True)
-class Block:
-    """Some bytes of the disk with the LSNs around the read; ``view`` is reused by the next read."""
-
-    offset: int
-    view: memoryview
-    buffer: bytearray
-    applied_lsn: int
-    captured_lsn: int
-
-
-class Reader:
-    """Reads a disk so that the copy rule can be kept: the applied LSN before, the captured LSN after."""
-
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
-        self._buffer = bytearray(READ_BYTES)
-        self.whole = memoryview(self._buffer)
-
-    def read(self, offset: int, length: int, applied_min: int, at: int = 0) -> Block:
-        """Read into the buffer from ``at`` on. Raises OSError, also at a short read.
-
-        A tap that starts anew redoes old records over newer ones: a read that overlaps that shows bytes of
-        the past. So it counts only when the same tap was there before and after it, and says that
-        ``applied_min`` is applied (while it redoes, it says the stable mark).
-        """
-        view = self.whole[at : at + length]
-        while True:
-            before = self._disk.position()
-            if before.applied_lsn < applied_min:
-                time.sleep(TAP_WAIT_S)
-                continue
-            done = 0
-            while done < length:
-                count = self._disk.read(view[done:], offset + done)
-                if not count:
-                    raise OSError(f"the disk ends at byte {offset + done}")
-                done += count
-            after = self._disk.position()
-            if before.writer == after.writer and self._disk.served():
-                return Block(offset, view, self._buffer, before.applied_lsn, after.captured_lsn)
-            time.sleep(TAP_WAIT_S)
 
 
 @dataclass(slots=True)
@@ -265,12 +87,14 @@ class Progress:
 class Copier:
     """The loop: take work, read, hash, send as far as the credit goes, report what was accepted."""
 
-    def __init__(self, setup: Setup, parent: socket.socket, link: BlockingLink) -> None:
+    def __init__(self, setup: Setup, parent: socket.socket, link: BlockingLink, received: bytearray) -> None:
+        """``received``: the beginning of a message that is not whole yet."""
         self._setup, self._parent, self._link = setup, parent, link
         self._readers: dict[bytes, Reader] = {}
         self._credit = setup.credit_bytes
         self._token = setup.first_token
         self._zeros = bytes(max(setup.chunk_bytes, READ_BYTES))
+        self._codec = Codec(setup.level) if setup.level is not None else None
         self._works: deque[Progress] = deque()
         self._steps: Iterator[None] | None = None
         self._offers: dict[int, Progress] = {}
@@ -278,7 +102,7 @@ class Copier:
         self._again: deque[tuple[Progress, list[tuple[int, int]]]] = deque()
         self._sent: dict[int, Sent] = {}
         self._stopping = False
-        self._received = bytearray()
+        self._received = received
         self._reported_wire_bytes = 0
         self._heard_at = time.monotonic()
 
@@ -345,7 +169,8 @@ class Copier:
             view, size = block.view, len(block.view)
             for at in range(0, size, chunk_bytes):
                 part = view[at : at + chunk_bytes]
-                zero = block.buffer.startswith(zeros[: len(part)], at)
+                # memoryview == bytes goes item by item; this is memcmp.
+                zero = zeros.startswith(part)
                 digest = b"" if zero else blake3(part).digest()
                 progress.offered.append(m.OfferChunk(offset + at, len(part), digest))
             yield
@@ -371,7 +196,7 @@ class Copier:
             chunks = tuple(m.CopyChunk(c.offset, c.length, m.COPY_REFERENCE, c.hash) for c in known)
             extents = [(chunk.offset, chunk.length) for chunk in known]
             progress.referenced_bytes += sum(chunk.length for chunk in known)
-            self._send_copy(progress, chunks, extents, progress.applied_lsn, progress.captured_lsn, None)
+            self._send_copy(progress, chunks, extents, progress.applied_lsn, progress.captured_lsn)
             yield
         for extents in _frames(needed):
             self._copy_extents(progress, extents)
@@ -391,41 +216,36 @@ class Copier:
         reader = self._reader(progress.work.volume)
         chunk_bytes, zeros = self._setup.chunk_bytes, self._zeros
         chunks: list[m.CopyChunk] = []
+        raw: list[bytes | memoryview] = []
         filled = 0
         applied_lsn, captured_lsn = -1, 0
-        buffer = reader.whole
         for offset, length in extents:
             block = reader.read(offset, length, progress.work.applied_min, filled)
             applied_lsn = block.applied_lsn if applied_lsn < 0 else applied_lsn
             captured_lsn = block.captured_lsn
-            at, kept = 0, filled
-            while at < length:
-                size = min(chunk_bytes, length - at)
-                start = filled + at
-                if block.buffer.startswith(zeros[:size], start):
-                    previous = chunks[-1] if chunks else None
-                    if (
-                        previous
-                        and previous.kind == m.COPY_ZEROS
-                        and previous.offset + previous.length == offset + at
-                    ):
-                        chunks[-1] = m.CopyChunk(previous.offset, previous.length + size, m.COPY_ZEROS, b"")
-                    else:
-                        chunks.append(m.CopyChunk(offset + at, size, m.COPY_ZEROS, b""))
-                    progress.zero_bytes += size
+            for at in range(0, length, chunk_bytes):
+                part = block.view[at : at + chunk_bytes]
+                if zeros.startswith(part):
+                    _add_zeros(chunks, offset + at, len(part))
+                    progress.zero_bytes += len(part)
                 else:
-                    if start != kept:
-                        # Zeros before it are not sent; memoryview moves overlapping bytes right.
-                        buffer[kept : kept + size] = buffer[start : start + size]
-                    digest = blake3(buffer[kept : kept + size]).digest()
-                    chunks.append(m.CopyChunk(offset + at, size, m.COPY_DATA, digest))
-                    kept += size
-                    progress.sent_bytes += size
-                at += size
-            filled = kept
-        raw = buffer[:filled] if filled else None
+                    chunk, body = self._pack(offset + at, part)
+                    chunks.append(chunk)
+                    raw.append(body)
+                    progress.sent_bytes += len(part)
+            filled += length
         progress.captured_lsn = max(progress.captured_lsn, captured_lsn)
         self._send_copy(progress, tuple(chunks), extents, applied_lsn, captured_lsn, raw)
+
+    def _pack(self, offset: int, plain: memoryview) -> tuple[m.CopyChunk, bytes | memoryview]:
+        """Hash a block and bring it into the form in which it is sent."""
+        digest = blake3(plain).digest()
+        if self._codec is None:
+            return m.CopyChunk(offset, len(plain), m.COPY_DATA, digest), plain
+        frame = self._codec.shrink(plain)
+        if frame is None:
+            return m.CopyChunk(offset, len(plain), m.COPY_DENSE, digest), plain
+        return m.CopyChunk(offset, len(plain), m.COPY_ZSTD, digest, len(frame)), frame
 
     def _send_copy(
         self,
@@ -434,12 +254,12 @@ class Copier:
         extents: list[tuple[int, int]],
         applied_lsn: int,
         captured_lsn: int,
-        raw: memoryview | None,
+        raw: Sequence[bytes | memoryview] = (),
     ) -> None:
         token = self._next_token()
         self._sent[token] = Sent(progress, extents, applied_lsn, captured_lsn)
         progress.tokens += 1
-        self._credit -= len(raw) if raw is not None else 0
+        self._credit -= sum(map(len, raw))
         failpoint("agent.copier_before_copy")
         self._link.send(m.Copy(token, progress.work.volume.id, applied_lsn, chunks), raw)
 
@@ -544,6 +364,14 @@ class Copier:
         self._parent.sendall(encode(message))
 
 
+def _add_zeros(chunks: list[m.CopyChunk], offset: int, length: int) -> None:
+    """Append a block of zeros, or make the last one longer."""
+    if chunks and (last := chunks[-1]).kind == m.COPY_ZEROS and last.offset + last.length == offset:
+        chunks[-1] = m.CopyChunk(last.offset, last.length + length, m.COPY_ZEROS, b"")
+    else:
+        chunks.append(m.CopyChunk(offset, length, m.COPY_ZEROS, b""))
+
+
 def _frames(extents: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     """Group extents, joined where they touch, into lists of READ_BYTES at most."""
     group: list[tuple[int, int]] = []
@@ -563,35 +391,17 @@ def _frames(extents: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         yield group
 
 
-def split(received: bytearray, decoder: "msgspec.msgpack.Decoder[_Message]") -> "list[_Message]":
-    """Take the whole messages off the front of ``received``."""
-    messages = []
-    at = 0
-    while len(received) - at >= _LENGTH.size:
-        (size,) = _LENGTH.unpack_from(received, at)
-        end = at + _LENGTH.size + size
-        if len(received) < end:
-            break
-        messages.append(decoder.decode(bytes(received[at + _LENGTH.size : end])))
-        at = end
-    del received[:at]
-    return messages
-
-
-def _first_message(parent: socket.socket, received: bytearray) -> Setup:
+def _first_message(parent: socket.socket, received: bytearray) -> tuple[Setup, list[ToCopier]]:
+    """Return the first message, and what came right behind it."""
     while True:
         got = parent.recv(64 * 1024)
         if not got:
             raise EOFError
         received += got
-        if len(received) >= _LENGTH.size:
-            (size,) = _LENGTH.unpack_from(received)
-            end = _LENGTH.size + size
-            if len(received) >= end:
-                message = to_copier.decode(bytes(received[_LENGTH.size : end]))
-                del received[:end]
-                assert isinstance(message, Setup)
-                return message
+        if messages := split(received, to_copier):
+            setup = messages.pop(0)
+            assert isinstance(setup, Setup)
+            return setup, messages
 
 
 def attach(setup: Setup) -> BlockingLink:
@@ -612,15 +422,16 @@ def main(descriptor: int, parent_pid: int) -> None:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent says when
+    heap.keep()
     parent = socket.socket(fileno=descriptor)
     received = bytearray()
     try:
-        setup = _first_message(parent, received)
+        setup, messages = _first_message(parent, received)
         try:
             link = attach(setup)
             parent.sendall(encode(Ready()))
-            copier = Copier(setup, parent, link)
-            for message in split(received, to_copier):
+            copier = Copier(setup, parent, link, received)
+            for message in messages:
                 copier.take(message)
             copier.run()
             link.close()

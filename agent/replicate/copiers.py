@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from agent.link import Backoff, Server
-from agent.replicate import copier
+from agent.replicate import ipc
 from agent.spawn import environment
 from farshore.telemetry import get_logger
 from farshore.units import KIB
+from farshore.wire.messages import Policy
 
 WORKS_AHEAD: Final = 3
 """Given to one copier and not done: one read, one asked about, one waiting."""
@@ -29,13 +30,13 @@ log = get_logger()
 class Source(Protocol):
     """Who has something to copy, and wants to know what became of it. Called from the event loop."""
 
-    def next_work(self, number: int) -> copier.Work | None:
+    def next_work(self, number: int) -> ipc.Work | None:
         """Return the next work, known from now on as ``number``; None when there is none at present."""
         ...
 
-    def taken(self, message: copier.Taken) -> None: ...
+    def taken(self, message: ipc.Taken) -> None: ...
 
-    def done(self, message: copier.Done) -> None: ...
+    def done(self, message: ipc.Done) -> None: ...
 
     def given_back(self, numbers: list[int], reason: str, text: str) -> None:
         """The copier is gone; these works are to do again."""
@@ -62,7 +63,7 @@ class CopierPool:
     def __init__(
         self,
         source: Source,
-        setup: Callable[[int], copier.Setup],
+        setup: Callable[[int], ipc.Setup],
         *,
         count: int,
         numbers: "itertools.count[int]",
@@ -106,7 +107,7 @@ class CopierPool:
                 log.warning("copier_ended", reason=reason, error=text, pause_s=round(pause_s, 2))
                 await asyncio.sleep(pause_s)
 
-    async def _serve(self, place: int, first: copier.Work, backoff: Backoff) -> tuple[str, str]:
+    async def _serve(self, place: int, first: ipc.Work, backoff: Backoff) -> tuple[str, str]:
         """Run one copier until it is idle for long or dies; return why, empty for idle."""
         self._launched += 1
         setup = self._make_setup(self._launched * TOKENS_PER_COPIER)
@@ -129,7 +130,7 @@ class CopierPool:
             ours.setblocking(False)
             reader, writer = await asyncio.open_unix_connection(sock=ours, limit=256 * KIB)
             running = self._running[place] = Running(process, writer, works)
-            writer.write(copier.encode(setup) + copier.encode(first))
+            writer.write(ipc.encode(setup) + ipc.encode(first))
             await writer.drain()
             reason, text = await self._converse(running, reader, backoff)
         except (OSError, asyncio.IncompleteReadError) as error:
@@ -161,23 +162,23 @@ class CopierPool:
                 if not running.ready:
                     return "timeout", "the data connection did not come about"
             received += got
-            for message in copier.split(received, copier.from_copier):
+            for message in ipc.split(received, ipc.from_copier):
                 match message:
-                    case copier.Ready():
+                    case ipc.Ready():
                         running.ready = True
                         backoff.reset()
-                    case copier.Taken():
+                    case ipc.Taken():
                         self._source.taken(message)
-                    case copier.Done():
+                    case ipc.Done():
                         running.works.discard(message.work)
                         self._source.done(message)
-                    case copier.Broken(reason=reason, text=text):
+                    case ipc.Broken(reason=reason, text=text):
                         return reason, text
             if running.ready:
                 self._feed(running)
             idle = 0.0 if running.works else idle + 0.2
             if idle >= self._idle_s:
-                running.writer.write(copier.encode(copier.Stop()))
+                running.writer.write(ipc.encode(ipc.Stop()))
                 await running.writer.drain()
                 return "", ""
 
@@ -187,7 +188,7 @@ class CopierPool:
             if work is None:
                 return
             running.works.add(work.number)
-            running.writer.write(copier.encode(work))
+            running.writer.write(ipc.encode(work))
 
     async def _reap(self, process: asyncio.subprocess.Process, *, hard: bool) -> None:
         if not hard:
@@ -203,21 +204,21 @@ class CopierPool:
 def setup_for(
     server: Server,
     session: bytes,
-    credit_bytes: int,
-    chunk_bytes: int,
-) -> Callable[[int], copier.Setup]:
+    policy: Policy,
+) -> Callable[[int], ipc.Setup]:
     """What a copier of this session has to know, but for its tokens."""
 
-    def make(first_token: int) -> copier.Setup:
-        return copier.Setup(
+    def make(first_token: int) -> ipc.Setup:
+        return ipc.Setup(
             server.host,
             server.port,
             server.vault,
             str(server.identity),
             session,
-            credit_bytes,
-            chunk_bytes,
+            policy.credit_bytes,
+            policy.chunk_bytes,
             first_token,
+            policy.copy_level,
         )
 
     return make

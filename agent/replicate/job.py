@@ -8,7 +8,7 @@ from typing import Final, Literal
 from farshore.units import MIB
 
 UNIT_BYTES: Final = 16 * MIB
-"""What a copier is given at a time: with 64 KiB blocks an OFFER of 256 hashes, 12 KiB."""
+"""What a copier is given at a time: with blocks of 128 KiB an OFFER of 128 hashes, 6 KiB."""
 
 Kind = Literal["initial", "resync", "heal"]
 

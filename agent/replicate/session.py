@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from agent.journal.errors import JournalGap
 from agent.journal.state import BITMAP, DATA, FAILED, RESYNC_REQUIRED, State
 from agent.link import Link, LinkDown
-from agent.replicate import copier, cuts
+from agent.replicate import cuts, ipc
 from agent.replicate.copiers import CopierPool, setup_for
 from agent.replicate.copyrule import AcceptedCopy, CopyRule
 from agent.replicate.delta import Delta, Frame, start_message
@@ -85,7 +85,7 @@ class Session:
             self._place(position)
         self.pool = CopierPool(
             self,
-            setup_for(link.server, welcome.session, self.policy.credit_bytes, self.policy.chunk_bytes),
+            setup_for(link.server, welcome.session, self.policy),
             count=max(1, min(8, self.policy.copy_connections)),
             numbers=itertools.count(1),
         )
@@ -560,7 +560,7 @@ class Session:
         """Its work under way goes on and is placed; nobody counts it."""
         stream.job = None
 
-    def next_work(self, number: int) -> copier.Work | None:
+    def next_work(self, number: int) -> ipc.Work | None:
         """For the copiers: the next unit of any volume whose copy rule allows reading now."""
         for stream in self.streams.values():
             job = stream.job
@@ -577,11 +577,11 @@ class Session:
                 continue
             stream.rule.reading(number, state.applied_lsn)
             self._works[number] = (stream, job)
-            volume = copier.Volume(stream.id, str(replica.spec.disk), str(replica.spec.state_page))
-            return copier.Work(number, volume, unit.offset, unit.length, job.compare, state.applied_lsn)
+            volume = ipc.Volume(stream.id, str(replica.spec.disk), str(replica.spec.state_page))
+            return ipc.Work(number, volume, unit.offset, unit.length, job.compare, state.applied_lsn)
         return None
 
-    def taken(self, message: copier.Taken) -> None:
+    def taken(self, message: ipc.Taken) -> None:
         """For the copiers: the server has a COPY."""
         found = self._works.get(message.work)
         if found is None:
@@ -591,7 +591,7 @@ class Session:
         stream.rule.accepted(AcceptedCopy(message.token, message.offset, message.length, message.applied_lsn))
         job.accepted(message.work, message.token)
 
-    def done(self, message: copier.Done) -> None:
+    def done(self, message: ipc.Done) -> None:
         """For the copiers: a unit is finished."""
         found = self._works.pop(message.work, None)
         if found is None:

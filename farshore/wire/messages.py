@@ -94,12 +94,17 @@ class VolumePosition(Message, frozen=True):
 
 
 class Policy(Message, frozen=True):
-    """Server: what the agent keeps to."""
+    """Server: what the agent keeps to.
+
+    Attributes:
+        copy_level: zstd level that copied blocks are compressed with before they are sent; None: not at all.
+    """
 
     point_interval_s: float
     chunk_bytes: int
     copy_connections: int
     credit_bytes: int
+    copy_level: int | None = None
 
 
 class Welcome(Message, frozen=True):
@@ -172,19 +177,24 @@ class CopyChunk(Message, frozen=True):
     """One block of a copied extent.
 
     Attributes:
-        kind: ``DATA`` (bytes in the raw part, in order), ``REFERENCE`` (the server said HAVE), ``ZEROS``.
+        kind: ``DATA`` (bytes in the raw part, in order), ``REFERENCE`` (the server said HAVE), ``ZEROS``,
+            ``ZSTD`` (one zstd frame in the raw part), ``DENSE`` (as DATA, and zstd makes it no smaller).
         hash: BLAKE3 of the plaintext; empty for ZEROS.
+        frame_bytes: Length of the zstd frame; 0 for the other kinds.
     """
 
     offset: int
     length: int
     kind: int
     hash: bytes
+    frame_bytes: int = 0
 
 
 COPY_DATA: Final = 0
 COPY_REFERENCE: Final = 1
 COPY_ZEROS: Final = 2
+COPY_ZSTD: Final = 3
+COPY_DENSE: Final = 4
 
 
 class Copy(Message, frozen=True):

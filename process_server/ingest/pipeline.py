@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from farshore.errors import CorruptRecord
+from farshore.compression import PLAIN, ZSTD, codec
+from farshore.errors import CorruptRecord, IntegrityError
 from farshore.hrl.batch import HEAD, RunningDigest, decode_batch
 from farshore.units import MIB, SECTOR_BYTES
 from farshore.wire import messages as m
@@ -25,7 +26,7 @@ from process_server.ingest.split import Splitter, place
 from process_server.ingest.stream import Refused
 from process_server.vault.commit import ROW_DTYPE, ZEROS, Rows
 from process_server.vault.keys import VaultKeys
-from process_server.vault.pack import PackBuilder, SealedPack
+from process_server.vault.pack import PackBuilder, SealedPack, Stored
 
 CHUNK_BYTES_MAX: Final = MIB
 CHUNKS_IN_FRAME_MAX: Final = 65536
@@ -34,6 +35,9 @@ HISTORY_BATCHES: Final = 4096
 HANDED_MAX: Final = 4096
 """More than the flushes that can happen while a frame is on its way."""
 _NOTHING: Final = bytes(MIB)
+
+Piece = memoryview | bytes | Stored
+"""A chunk's plaintext, or the form it came in and is stored in."""
 
 
 def is_zero(data: memoryview | bytes) -> bool:
@@ -68,7 +72,7 @@ class Checked:
 
     Attributes:
         ids: Per unit its chunk id; empty for a unit of zeros.
-        pieces: Per unit its plaintext; empty where there is none (zeros, REFERENCE).
+        pieces: Per unit its bytes; None where there are none (zeros, REFERENCE).
         known: Per unit a locator (pack, index) that needs no asking.
         ask: Numbers of the units to ask for.
         rows: Extent rows whose chunk column is the number of a unit.
@@ -76,7 +80,7 @@ class Checked:
 
     volume: bytes
     ids: list[bytes]
-    pieces: list[memoryview | bytes]
+    pieces: list[Piece | None]
     known: dict[int, tuple[bytes, int]]
     ask: list[int]
     rows: Rows
@@ -169,7 +173,7 @@ class SessionPipeline:
         self._bound(len(chunks))
         count = len(chunks)
         ids: list[bytes] = []
-        pieces: list[memoryview | bytes] = []
+        pieces: list[Piece | None] = []
         known: dict[int, tuple[bytes, int]] = {}
         ask: list[int] = []
         chunk_id, recent = self._keys.chunk_id, self._recent
@@ -189,27 +193,22 @@ class SessionPipeline:
                 if chunk.hash:
                     raise Refused("protocol", "zeros with a hash")
                 ids.append(b"")
-                pieces.append(b"")
+                pieces.append(None)
                 continue
             if length > CHUNK_BYTES_MAX or len(chunk.hash) != 32:
                 raise Refused("bounds", "a copied block of more than 1 MiB, or a hash not of 32 bytes")
-            if chunk.kind == m.COPY_DATA:
-                piece = raw[at : at + length]
-                at += length
-                if len(piece) != length or blake3(piece).digest() != chunk.hash:
-                    raise Refused(
-                        "corrupt", "a copied block is not what its hash says", where=f"offset {chunk.offset}"
-                    )
+            if chunk.kind == m.COPY_REFERENCE:
+                own = True
+                pieces.append(None)
+            else:
+                came_bytes = chunk.frame_bytes if chunk.kind == m.COPY_ZSTD else length
+                piece = _held_to_hash(chunk, raw[at : at + came_bytes], came_bytes)
+                at += came_bytes
                 if chunk.hash == zero_hash(length):
                     ids.append(b"")
-                    pieces.append(b"")
+                    pieces.append(None)
                     continue
                 pieces.append(piece)
-            elif chunk.kind == m.COPY_REFERENCE:
-                own = True
-                pieces.append(b"")
-            else:
-                raise Refused("protocol", "a copied block of unknown kind", why=str(chunk.kind))
             id = chunk_id(chunk.hash)
             ids.append(id)
             if (locator := recent.get(id)) is not None:
@@ -285,7 +284,7 @@ class SessionPipeline:
             stream.remember(*step)
         rows = splitter.rows()
         ids: list[bytes] = []
-        pieces: list[memoryview | bytes] = []
+        pieces: list[Piece | None] = []
         known: dict[int, tuple[bytes, int]] = {}
         ask: list[int] = []
         chunk_id, recent = self._keys.chunk_id, self._recent
@@ -293,7 +292,7 @@ class SessionPipeline:
             piece = views[0] if len(views) == 1 else b"".join(views)
             if is_zero(piece):
                 ids.append(b"")
-                pieces.append(b"")
+                pieces.append(None)
                 continue
             id = chunk_id(blake3(piece).digest())
             ids.append(id)
@@ -354,7 +353,7 @@ class SessionPipeline:
         missing = tuple(
             number
             for number, id in enumerate(checked.ids)
-            if id and number not in known and not len(checked.pieces[number])
+            if id and number not in known and checked.pieces[number] is None
         )
         if missing:
             return Finished(checked.rows[:0], (), (), missing)
@@ -370,6 +369,7 @@ class SessionPipeline:
                 continue
             locator = known.get(number) or recent.get(id)
             if locator is None:
+                assert piece is not None, "what is missing was dropped before"
                 locator = self._add(id, piece)
                 self.chunks_new += 1
             else:
@@ -381,7 +381,7 @@ class SessionPipeline:
         place(rows, pack_of, chunk_of)
         return Finished(rows, tuple(packs), tuple(pack for pack in packs if pack in self.unstored), ())
 
-    def _add(self, id: bytes, piece: memoryview | bytes) -> tuple[bytes, int]:
+    def _add(self, id: bytes, piece: Piece) -> tuple[bytes, int]:
         builder = self._builder
         if builder is None:
             builder = self._builder = PackBuilder(
@@ -391,7 +391,7 @@ class SessionPipeline:
         index = builder.add(id, piece)
         self.unstored.add(pack)
         locator = self._recent[id] = (pack, index)
-        self.plain_bytes += len(piece)
+        self.plain_bytes += piece.plain_bytes if isinstance(piece, Stored) else len(piece)
         if builder.is_full:
             self.seal()
         return locator
@@ -438,6 +438,36 @@ class SessionPipeline:
     def _bound(self, count: int) -> None:
         if count > CHUNKS_IN_FRAME_MAX:
             raise Refused("bounds", f"{count} blocks in one frame")
+
+
+def _held_to_hash(chunk: m.CopyChunk, came: memoryview, came_bytes: int) -> Piece:
+    """Return a copied block's piece, if it holds what the agent's hash says.
+
+    A frame of the agent is kept as it came: expanding it proves at once that it is the plaintext that was
+    hashed and that what will be sealed can be expanded, which is I14 and I15 in one step.
+
+    Raises:
+        Refused: ``corrupt``, or ``protocol`` for a kind that is none.
+    """
+    where = f"offset {chunk.offset}"
+    if chunk.kind not in (m.COPY_DATA, m.COPY_ZSTD, m.COPY_DENSE):
+        raise Refused("protocol", "a copied block of unknown kind", where=where, why=str(chunk.kind))
+    if len(came) != came_bytes or came_bytes > chunk.length:
+        raise Refused("protocol", "a COPY whose blocks do not fill it", where=where)
+    plain: memoryview | bytes = came
+    piece: Piece = came
+    if chunk.kind == m.COPY_ZSTD:
+        frame = bytes(came)
+        try:
+            plain = codec().expand(frame, chunk.length, ZSTD, where)
+        except IntegrityError as exc:
+            raise Refused("corrupt", "a copied block does not expand", where=where, why=exc.why) from exc
+        piece = Stored(frame, chunk.length, ZSTD)
+    elif chunk.kind == m.COPY_DENSE:
+        piece = Stored(bytes(came), chunk.length, PLAIN)
+    if blake3(plain).digest() != chunk.hash:
+        raise Refused("corrupt", "a copied block is not what its hash says", where=where)
+    return piece
 
 
 def _column(values: list[int]) -> npt.NDArray[np.uint64]:

@@ -24,6 +24,7 @@ from typing import Final, cast
 import numpy as np
 import uvloop
 
+from farshore import heap
 from farshore.errors import FarshoreError
 from farshore.failpoints import failpoint
 from farshore.pki import server_context
@@ -546,6 +547,7 @@ def main(control_fd: int, accepted_fd: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # No cycles are made per frame; a full collection in the middle of a burst would only cost.
     gc.freeze()
+    heap.keep()
     control = socket.socket(fileno=control_fd)
     accepted = socket.socket(fileno=accepted_fd)
     control.setblocking(False)

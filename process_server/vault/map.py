@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from farshore.compression import LEVEL, codec
 from farshore.errors import IntegrityError, NotFound, WrongKey
 from farshore.ids import ID_BYTES, id_to_hex
 from farshore.units import KIB, MIB
@@ -35,14 +36,12 @@ from process_server.vault.keys import VaultKeys
 from process_server.vault.root import check_format
 from process_server.vault.seal import (
     HEADER_BYTES,
-    LEVEL,
     SECTION_BYTES_MAX,
     TABLE_DTYPE,
     TAG_BYTES,
     Kind,
     SealedObject,
     Sealer,
-    codec,
     first_section,
 )
 from process_server.vault.store.protocol import AlreadyExists, Buffer, Store

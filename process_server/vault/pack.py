@@ -5,11 +5,12 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from blake3 import blake3
 
+from farshore.compression import Codec
 from farshore.errors import IntegrityError, NotFound
 from farshore.ids import ID_BYTES, id_to_hex
 from farshore.units import KIB, MIB
@@ -18,7 +19,6 @@ from process_server.vault.seal import (
     HEADER_BYTES,
     TABLE_DTYPE,
     TAG_BYTES,
-    Codec,
     Kind,
     SealedObject,
     Sealer,
@@ -51,6 +51,20 @@ def pack_name(pack_id: bytes) -> str:
     """Return the object name of a pack."""
     text = id_to_hex(pack_id)
     return f"p/{text[:2]}/{text}"
+
+
+class Stored(NamedTuple):
+    """A chunk in the form that it is stored in; whoever makes one has seen that it holds what its id says.
+
+    Attributes:
+        body: Its own copy of the bytes.
+        plain_bytes: What they expand to.
+        flag: `ZSTD` or `PLAIN` (`farshore.compression`).
+    """
+
+    body: bytes
+    plain_bytes: int
+    flag: int
 
 
 class SealedPack:
@@ -112,6 +126,7 @@ class PackBuilder:
         """Length that the object would have now."""
         self._ids: list[bytes] = []
         self._bodies: list[bytes] = []
+        self._digests: list[bytes] = []
         self._shapes: list[tuple[int, int]] = []
 
     @property
@@ -124,30 +139,36 @@ class PackBuilder:
         """It is time to `build`."""
         return self.stored_bytes >= self._target_bytes
 
-    def add(self, id: bytes, plain: Buffer) -> int:
-        """Take a chunk and return its index; ``plain`` is the caller's again on return.
+    def add(self, id: bytes, chunk: Buffer | Stored) -> int:
+        """Take a chunk and return its index; a buffer is the caller's again on return.
 
         Args:
-            id: `chunk_id` of ``plain``: recomputed by the caller from these very bytes.
-            plain: 1 byte to 1 MiB.
+            id: `chunk_id` of the plaintext: recomputed by the caller from these very bytes.
+            chunk: The plaintext, 1 byte to 1 MiB, or its stored form.
 
         Raises:
             IntegrityError: It does not survive compression (see `Codec.compress`).
             ValueError: Too long or empty, or the pack cannot take more.
         """
-        length = len(plain)
+        length = chunk.plain_bytes if isinstance(chunk, Stored) else len(chunk)
         if not 0 < length <= CHUNK_BYTES_MAX or len(id) != 32:
             raise ValueError(f"no chunk: {length} bytes, id of {len(id)}")
         if self.stored_bytes + CHUNK_BYTES_MAX + _ROW_BYTES + TAG_BYTES > PACK_BYTES_MAX:
             raise ValueError("the pack is full")
-        body, flag = self._codec.compress(plain)
-        stored = body if isinstance(body, bytes) else bytes(body)
+        stored = chunk if isinstance(chunk, Stored) else self._compressed(chunk)
         self._ids.append(id)
-        self._bodies.append(stored)
-        self._shapes.append((length, flag))
+        self._bodies.append(stored.body)
+        # Now, while it lies in the processor's cache. One update() after the other would take three times as
+        # long: pieces of odd lengths leave BLAKE3 nothing to do side by side.
+        self._digests.append(blake3(stored.body).digest())
+        self._shapes.append((length, stored.flag))
         self.plain_bytes += length
-        self.stored_bytes += len(stored) + TAG_BYTES + _ROW_BYTES
+        self.stored_bytes += len(stored.body) + TAG_BYTES + _ROW_BYTES
         return len(self._ids) - 1
+
+    def _compressed(self, plain: Buffer) -> Stored:
+        body, flag = self._codec.compress(plain)
+        return Stored(body if isinstance(body, bytes) else bytes(body), len(plain), flag)
 
     def build(self) -> SealedPack:
         """Seal what was added, and start the next pack.
@@ -168,9 +189,9 @@ class PackBuilder:
         shapes = np.array(self._shapes, np.uint32)
         table["plain"], table["flag"] = shapes[:, 0], shapes[:, 1]
         first = first_section(table, b"")
-        sealer = Sealer.new(
-            self._keys, Kind.PACK, name, blake3(first).digest(), count + 1, len(first), self._codec.level
-        )
+        # Of the bodies too: one chunk has many compressed forms, and agents choose among them.
+        content = blake3(first + b"".join(self._digests)).digest()
+        sealer = Sealer.new(self._keys, Kind.PACK, name, content, count + 1, len(first), self._codec.level)
         memory = self._take_memory(self.stored_bytes)
         body = memoryview(memory)[: self.stored_bytes]
         body[:HEADER_BYTES] = sealer.header

@@ -6,20 +6,19 @@ Whatever is read is authenticated before it is decompressed or parsed, and a sec
 import hmac
 import secrets
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import accumulate
 from typing import Final
 
 import numpy as np
-import zstandard
 from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from farshore.compression import LEVEL, PLAIN, ZSTD_VERSION, codec
 from farshore.errors import IntegrityError, WrongKey
 from farshore.units import MIB
 from process_server.vault.keys import VaultKeys
@@ -35,9 +34,6 @@ TAG_BYTES: Final = 16
 SECTION_BYTES_MAX: Final = 64 * MIB
 """Plain and stored: bounds what one section can make a reader allocate."""
 SECTIONS_MAX: Final = 2**20
-WINDOW_BYTES_MAX: Final = 8 * MIB
-LEVEL: Final = 3
-"""zstd level of everything but chunks: small beside them, read more often than written."""
 
 TABLE_DTYPE: Final = np.dtype(
     [("id", "V32"), ("stored", "<u4"), ("plain", "<u4"), ("flag", "<u4"), ("zero", "<u4")]
@@ -46,8 +42,6 @@ _PREFACE: Final = struct.Struct("<II")
 _CONTEXT: Final = struct.Struct("<III32s")
 _FIRST_READ_BYTES: Final = 64 * 1024
 _NO_ID: Final = bytes(32)
-ZSTD: Final = 1
-PLAIN: Final = 0
 
 
 class Kind(IntEnum):
@@ -57,80 +51,6 @@ class Kind(IntEnum):
     COMMIT = 2
     MAP = 3
     CONTROL = 4
-
-
-class Codec:
-    """One zstd compressor and decompressor. Not thread-safe: one per thread, see `codec`.
-
-    Args:
-        level: zstd level, -100 to 22.
-    """
-
-    def __init__(self, level: int = LEVEL) -> None:
-        self.level = level
-        self._compressor = zstandard.ZstdCompressor(
-            level=level, write_content_size=True, write_checksum=False
-        )
-        # In units of KiB for some versions of the binding, in bytes for zstd: ours takes bytes.
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
-
-    def compress(self, plain: Buffer) -> tuple[Buffer, int]:
-        """Return ``plain`` as it is stored, and the flag: compressed if that is smaller.
-
-        The compressed form was decompressed and compared: a compressor's bug, or a bit flipped in its tables,
-        would otherwise be sealed and found at the first restore.
-
-        Raises:
-            IntegrityError: What comes out is not what went in; this host is not to be trusted with data.
-        """
-        stored = self._compressor.compress(plain)
-        if len(stored) >= len(plain):
-            return plain, PLAIN
-        back = self._decompressor.decompress(stored, max_output_size=len(plain), allow_extra_data=False)
-        # startswith compares memory with memory; memoryview == bytes goes item by item, at 1.6 ns/B.
-        if len(back) != len(plain) or not back.startswith(plain):
-            raise IntegrityError(
-                "compressed data does not decompress to what it was",
-                why=f"{len(plain)} bytes at level {self.level}, zstd {zstandard.ZSTD_VERSION}",
-                fix="suspect this host's memory",
-            )
-        return stored, ZSTD
-
-    def expand(self, stored: bytes, plain_bytes: int, flag: int, where: str) -> bytes:
-        """Return the ``plain_bytes`` bytes that ``stored`` (authenticated) holds. Raises IntegrityError."""
-        if flag == PLAIN:
-            plain = stored
-        elif flag == ZSTD:
-            try:
-                # Before anything is allocated: a decoder in one step heeds neither bound by itself.
-                shape = zstandard.get_frame_parameters(stored)
-                if shape.content_size != plain_bytes or shape.window_size > WINDOW_BYTES_MAX:
-                    raise IntegrityError(
-                        "a section is not as long as its table says",
-                        where=where,
-                        why=f"{shape.content_size} bytes, window {shape.window_size}",
-                    )
-                plain = self._decompressor.decompress(
-                    stored, max_output_size=plain_bytes, allow_extra_data=False
-                )
-            except zstandard.ZstdError as exc:
-                raise IntegrityError("a section does not decompress", where=where, why=str(exc)) from exc
-        else:
-            raise IntegrityError("a section is of no known form", where=where, why=f"flag {flag}")
-        if len(plain) != plain_bytes:
-            raise IntegrityError("a section is not as long as its table says", where=where)
-        return plain
-
-
-_local: Final = threading.local()
-
-
-def codec() -> Codec:
-    """Return this thread's codec, of the default level."""
-    found: Codec | None = getattr(_local, "codec", None)
-    if found is None:
-        found = _local.codec = Codec()
-    return found
 
 
 class Sealer:
@@ -362,7 +282,7 @@ def _object_key(
 
 
 def _zstd_version() -> int:
-    major, minor, release = zstandard.ZSTD_VERSION
+    major, minor, release = ZSTD_VERSION
     return int(major * 10_000 + minor * 100 + release)
 
 

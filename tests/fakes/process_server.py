@@ -18,6 +18,7 @@ from farshore.hrl.batch import WRITE, ZERO, RunningDigest, first_digest, incarna
 from farshore.ids import new_id
 from farshore.wire import frames
 from farshore.wire import messages as m
+from tests.harness.copies import held_in, sent_bytes
 
 
 @dataclass
@@ -60,7 +61,7 @@ class FakeServer:
 
     def __init__(self, identity: Path, vault: bytes, machine: bytes) -> None:
         self.identity, self.vault_id, self.machine = identity, vault, machine
-        self.policy = m.Policy(0.05, 65536, 2, 4 * 1024 * 1024)
+        self.policy = m.Policy(0.05, 65536, 2, 4 * 1024 * 1024, copy_level=1)
         self.volumes: dict[bytes, Volume] = {}
         self.points: list[Point] = []
         self.tokens: dict[int, tuple[m.Copy, list[bytes]]] = {}
@@ -73,7 +74,7 @@ class FakeServer:
         self.forget_references = False
         self.hold_acks = False
         self.epoch = 1
-        self.raw_bytes = 0
+        self.plain_bytes = 0  # of records and copied blocks, however they came
         self.port = 0
         self._server: asyncio.Server | None = None
         self._control: asyncio.StreamWriter | None = None
@@ -136,7 +137,7 @@ class FakeServer:
             header = frames.decode_header(await reader.readexactly(frames.HEADER.size))
             message = frames.decode_message(header, await reader.readexactly(header.meta_bytes))
             raw = await reader.readexactly(header.raw_bytes)
-            self.raw_bytes += len(raw)
+            self.plain_bytes += len(raw) if isinstance(message, m.Data) else 0
             error: str | None = None
             if isinstance(message, m.Hello):
                 self._hello(message, writer)
@@ -244,9 +245,10 @@ class FakeServer:
             return "protocol: token in use"
         pieces, missing, at = [], [], 0
         for index, chunk in enumerate(copy.chunks):
-            if chunk.kind == m.COPY_DATA:
-                piece = raw[at : at + chunk.length]
-                at += chunk.length
+            if chunk.kind in (m.COPY_DATA, m.COPY_ZSTD, m.COPY_DENSE):
+                piece = held_in(chunk, raw[at : at + sent_bytes(chunk)])
+                self.plain_bytes += len(piece)
+                at += sent_bytes(chunk)
                 if blake3(piece).digest() != chunk.hash:
                     return "corrupt: a block is not what its hash says"
                 volume.known.add(chunk.hash)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import uvloop
-from blake3 import blake3
 from prometheus_client import CollectorRegistry
 
 from farshore.clock import SystemClock
@@ -41,6 +40,7 @@ from process_server.vault.control import ControlStore, Machine, ServerIdentity
 from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault, open_vault
 from process_server.vault.pack import PackReader
 from process_server.vault.store import Store, open_store
+from tests.harness.copies import copied
 
 SLOT = bytes(range(32))
 BLOCK = 64 * KIB
@@ -117,7 +117,7 @@ class Site:
             KeysConfig("file:slot.key"),
             (),
             listen="127.0.0.1:0",
-            ingest=IngestConfig(**ingest),  # type: ignore[arg-type]
+            ingest=IngestConfig(**{"chunk_bytes": BLOCK, **ingest}),  # type: ignore[arg-type]
         )
 
     @asynccontextmanager
@@ -302,16 +302,13 @@ class Agent:
         """Return a COPY of the disk as it is now."""
         self.token += 1
         data = bytes(self.disk[offset : offset + length])
-        chunks = []
-        raw = b""
-        for at in range(0, length, BLOCK):
-            block = data[at : at + BLOCK]
-            if any(block):
-                chunks.append(m.CopyChunk(offset + at, len(block), m.COPY_DATA, blake3(block).digest()))
-                raw += block
-            else:
-                chunks.append(m.CopyChunk(offset + at, len(block), m.COPY_ZEROS, b""))
-        return m.Copy(self.token, self.volume, self.lsn, tuple(chunks)), raw
+        # Every form in one frame, by turns.
+        parts = [
+            copied(offset + at, data[at : at + BLOCK], compress=bool(at // BLOCK % 2))
+            for at in range(0, length, BLOCK)
+        ]
+        chunks = tuple(chunk for chunk, _ in parts)
+        return m.Copy(self.token, self.volume, self.lsn, chunks), b"".join(body for _, body in parts)
 
     def mark(
         self,
@@ -381,7 +378,7 @@ def serve(root: str, workers: int) -> None:
             KeysConfig("file:slot.key"),
             (),
             listen="127.0.0.1:0",
-            ingest=IngestConfig(workers=workers),
+            ingest=IngestConfig(workers=workers, chunk_bytes=BLOCK),
         )
         server = ProcessServer(
             config,

@@ -128,18 +128,18 @@ async def test_a_volume_is_copied_while_it_is_written_to(start: Start) -> None:
     assert site.check_points() > 0
     assert not site.server.refusals
     assert site.metric("farshore_agent_connected") == 1
-    assert site.metric("farshore_sent_bytes_total", stage="raw") == site.server.raw_bytes
+    assert site.metric("farshore_sent_bytes_total", stage="raw") == site.server.plain_bytes
 
 
 async def test_an_unchanged_volume_is_only_compared(start: Start) -> None:
     site = await start()
     await site.vaulted()
-    sent = site.server.raw_bytes
+    sent = site.server.plain_bytes
     await site.replicator.resync("data")
     await site.until(lambda: site.replica.resync, "the resync begins")
     await site.vaulted()
     tail = SIZE % 65536
-    assert site.server.raw_bytes - sent <= tail
+    assert site.server.plain_bytes - sent <= tail
     assert site.metric("farshore_agent_copied_bytes_total", result="same") >= SIZE - tail
 
 
@@ -159,7 +159,7 @@ async def test_a_reference_spares_the_bytes(start: Start) -> None:
     site = await start()
     await site.vaulted()
     site.server.volumes[site.tap.spec.id].content[: 2 * MIB] = site.tap.truth[2 * MIB : 4 * MIB]
-    sent = site.server.raw_bytes
+    sent = site.server.plain_bytes
     site.tap.settle()
     # Blocks that the vault has elsewhere are not sent again.
     site.server.volumes[site.tap.spec.id].content[6 * MIB : 7 * MIB] = bytes(MIB)
@@ -170,7 +170,7 @@ async def test_a_reference_spares_the_bytes(start: Start) -> None:
     await site.until(lambda: site.replica.resync, "the resync begins")
     await site.vaulted()
     assert site.metric("farshore_agent_copied_bytes_total", result="referenced") >= 2 * MIB
-    assert site.server.raw_bytes - sent < 2 * MIB
+    assert site.server.plain_bytes - sent < 2 * MIB
 
 
 async def test_writes_past_the_journal_are_healed(start: Start) -> None:

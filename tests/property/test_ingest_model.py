@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from blake3 import blake3
 
 from farshore.hrl.batch import (
     MARK,
@@ -26,6 +25,7 @@ from process_server.ingest.session import Session
 from process_server.ingest.stream import CopiedRows, Position, assemble, merge
 from process_server.vault.commit import ROW_DTYPE, ZEROS, Rows
 from process_server.vault.keys import VaultKeys
+from tests.harness.copies import copied, plaintext
 
 MACHINE, VOLUME, INCARNATION = bytes([1]) * 16, bytes([2]) * 16, bytes([3]) * 16
 KEYS = VaultKeys(bytes(16), 1, bytes(32))
@@ -135,7 +135,7 @@ def test_commits_rebuild_every_cut_exactly(seed: int) -> None:
             for id, piece in zip(checked.ids, checked.pieces, strict=True):
                 if id:
                     where = pipeline._recent[id]
-                    plain[where] = bytes(piece)
+                    plain[where] = plaintext(piece)
             rows = np.frombuffer(bytearray(finished.rows.tobytes()), ROW_DTYPE)
             session.packs.adopt(rows, finished.packs)
             stream = session.volumes[VOLUME]
@@ -146,16 +146,17 @@ def test_commits_rebuild_every_cut_exactly(seed: int) -> None:
             length = min(rng.choice([1, 3]) * BLOCK, SIZE - offset)
             token += 1
             data = bytes(journal.disk[offset : offset + length])
-            blocks = [data[at : at + BLOCK] for at in range(0, length, BLOCK)]
-            chunks = tuple(
-                m.CopyChunk(offset + n * BLOCK, BLOCK, m.COPY_DATA, blake3(block).digest())
-                for n, block in enumerate(blocks)
-            )
-            copy = pipeline.check_copy(m.Copy(token, VOLUME, journal.lsn, chunks), memoryview(data))
+            parts = [
+                copied(offset + at, data[at : at + BLOCK], compress=rng.random() < 0.5)
+                for at in range(0, length, BLOCK)
+            ]
+            raw = b"".join(body for _, body in parts)
+            message = m.Copy(token, VOLUME, journal.lsn, tuple(chunk for chunk, _ in parts))
+            copy = pipeline.check_copy(message, memoryview(raw))
             done = pipeline.finish(copy, [None] * len(copy.ask))
             for id, piece in zip(copy.ids, copy.pieces, strict=True):
                 if id:
-                    plain[pipeline._recent[id]] = bytes(piece)
+                    plain[pipeline._recent[id]] = plaintext(piece)
             rows = np.frombuffer(bytearray(done.rows.tobytes()), ROW_DTYPE)
             session.packs.adopt(rows, done.packs)
             session.tokens[token] = CopiedRows(VOLUME, journal.lsn, rows)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.replicate import copier
-from agent.replicate.copier import READ_BYTES, Position, Reader
+from agent.replicate import copier, disk, ipc
+from agent.replicate.disk import READ_BYTES, Position, Reader
 
 
 class ScriptedDisk:
@@ -32,7 +32,7 @@ class ScriptedDisk:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copier, "TAP_WAIT_S", 0.0)
+    monkeypatch.setattr(disk, "TAP_WAIT_S", 0.0)
 
 
 OLD, NEW = (7, b"a" * 16), (8, b"a" * 16)
@@ -80,12 +80,12 @@ def test_frames_keep_every_byte_in_order(spans: list[tuple[int, int]], rng: rand
 
 
 def test_messages_between_agent_and_copier_survive_any_split() -> None:
-    volume = copier.Volume(b"v" * 16, "/disk", "/page")
-    messages: list[copier.ToCopier] = [copier.Work(n, volume, n * 512, 512, bool(n % 2), n) for n in range(9)]
-    stream = b"".join(copier.encode(message) for message in messages)
+    volume = ipc.Volume(b"v" * 16, "/disk", "/page")
+    messages: list[ipc.ToCopier] = [ipc.Work(n, volume, n * 512, 512, bool(n % 2), n) for n in range(9)]
+    stream = b"".join(ipc.encode(message) for message in messages)
     received, got = bytearray(), []
     for value in stream:
         received.append(value)
-        got += copier.split(received, copier.to_copier)
+        got += ipc.split(received, ipc.to_copier)
     assert got == messages
     assert not received

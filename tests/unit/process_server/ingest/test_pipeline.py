@@ -1,6 +1,10 @@
 """What a worker refuses: blocks that are not what their hashes say, gaps, and repeats that are none."""
 
+import random
+
+import msgspec
 import pytest
+import zstandard
 from blake3 import blake3
 
 from farshore.hrl.batch import RECORD, WRITE, RunningDigest, encode_head, padded
@@ -8,6 +12,7 @@ from farshore.wire import messages as m
 from process_server.ingest.pipeline import SessionPipeline
 from process_server.ingest.stream import Refused
 from process_server.vault.keys import VaultKeys
+from tests.harness.copies import copied, plaintext
 
 KEYS = VaultKeys(b"v" * 16, 1, b"m" * 32)
 VOLUME, KEY, BLOCK = b"V" * 16, b"k" * 32, 65536
@@ -44,6 +49,50 @@ def test_a_copied_block_is_held_against_its_hash() -> None:
     with pytest.raises(Refused) as refused:
         here.check_copy(m.Copy(2, VOLUME, 0, (chunk,)), memoryview(b"r" + block[1:]))
     assert refused.value.code == "corrupt"
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_copied_block_comes_in_any_form(compress: bool) -> None:
+    here = pipeline()
+    blocks = [b"q" * BLOCK, random.Random(5).randbytes(BLOCK), bytes(BLOCK), b"p" * 512]
+    parts = [copied(n * BLOCK, block, compress=compress) for n, block in enumerate(blocks)]
+    raw = memoryview(b"".join(body for _, body in parts))
+    checked = here.check_copy(m.Copy(1, VOLUME, 0, tuple(chunk for chunk, _ in parts)), raw)
+    held = [
+        plaintext(piece) if id else bytes(BLOCK)
+        for id, piece in zip(checked.ids, checked.pieces, strict=True)
+    ]
+    assert held == blocks
+    assert len(here.finish(checked, [None] * len(checked.ask)).rows) == len(blocks)
+    assert here.plain_bytes == 2 * BLOCK + 512
+
+
+def test_a_frame_is_held_against_the_hash_of_what_it_expands_to() -> None:
+    chunk, frame = copied(0, b"q" * BLOCK, compress=True)
+    _, other = copied(0, b"r" * BLOCK, compress=True)
+    assert len(frame) == len(other)
+    _, longer = copied(0, b"q" * BLOCK * 2, compress=True)
+    damaged = frame[:-1] + bytes([frame[-1] ^ 1])
+    for came in (other, damaged, longer.ljust(len(frame))[: len(frame)]):
+        with pytest.raises(Refused) as refused:
+            pipeline().check_copy(m.Copy(1, VOLUME, 0, (chunk,)), memoryview(came))
+        assert refused.value.code == "corrupt"
+
+
+def test_a_frame_that_expands_to_more_is_never_unpacked() -> None:
+    bomb = zstandard.ZstdCompressor(level=1).compress(bytes(1 << 30))[: BLOCK - 1]
+    chunk = m.CopyChunk(0, BLOCK, m.COPY_ZSTD, blake3(b"q").digest(), len(bomb))
+    with pytest.raises(Refused, match="does not expand") as refused:
+        pipeline().check_copy(m.Copy(1, VOLUME, 0, (chunk,)), memoryview(bomb))
+    assert refused.value.code == "corrupt"
+
+
+@pytest.mark.parametrize("frame_bytes", [-1, 0, 5, BLOCK + 1])
+def test_a_frame_of_another_length_than_announced_is_refused(frame_bytes: int) -> None:
+    chunk, frame = copied(0, b"q" * BLOCK, compress=True)
+    wrong = msgspec.structs.replace(chunk, frame_bytes=frame_bytes)
+    with pytest.raises(Refused):
+        pipeline().check_copy(m.Copy(1, VOLUME, 0, (wrong,)), memoryview(frame + bytes(2 * BLOCK)))
 
 
 def test_a_gap_is_refused_and_the_stream_stays_where_it_was() -> None:

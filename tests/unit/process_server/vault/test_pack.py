@@ -2,6 +2,7 @@
 
 import os
 import random
+import secrets
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farshore.compression import PLAIN, ZSTD, codec
 from farshore.errors import IntegrityError, NotFound, Unreachable
 from process_server.vault import pack as module
 from process_server.vault.keys import VaultKeys
@@ -17,6 +19,7 @@ from process_server.vault.pack import (
     PackBuilder,
     PackReader,
     SealedPack,
+    Stored,
     chunk_id,
     pack_name,
 )
@@ -41,6 +44,32 @@ def stored(chunks: list[bytes]) -> tuple[FaultyStore, bytes]:
     pack.put(store)
     store.calls.clear()
     return store, pack.id
+
+
+def test_other_frames_of_the_same_chunks_have_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "token_bytes", lambda length: bytes(length))
+    bodies = [b"frame A", b"frame B"]  # as long as each other
+    packs = []
+    for body in bodies:
+        builder = PackBuilder(KEYS)
+        builder.add(chunk_id(KEYS, blake3(b"plaintext").digest()), Stored(body, 9, ZSTD))
+        packs.append(bytes(builder.build().body))
+    salts, commitments = {pack[16:48] for pack in packs}, {pack[80:112] for pack in packs}
+    assert len(salts) == 1
+    assert len(commitments) == 2
+
+
+def test_a_chunk_in_its_stored_form_comes_back() -> None:
+    store, plain = FaultyStore(MemoryStore()), b"p" * 9000
+    frame = codec().shrink(plain)
+    assert frame is not None
+    builder = PackBuilder(KEYS)
+    builder.add(chunk_id(KEYS, blake3(plain).digest()), Stored(frame, len(plain), ZSTD))
+    builder.add(chunk_id(KEYS, blake3(b"dense").digest()), Stored(b"dense", 5, PLAIN))
+    pack = builder.build()
+    assert pack.plain_bytes == 9005
+    pack.put(store)
+    assert PackReader(store, KEYS).read_chunks(pack.id, (0, 1)) == [plain, b"dense"]
 
 
 @given(st.lists(st.binary(min_size=1, max_size=3000), min_size=1, max_size=12))

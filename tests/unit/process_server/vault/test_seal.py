@@ -11,6 +11,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farshore.compression import Codec
 from farshore.errors import IntegrityError, NotFound, WrongKey
 from process_server.vault import seal as module
 from process_server.vault.commit import commit_name
@@ -18,7 +19,6 @@ from process_server.vault.keys import VaultKeys
 from process_server.vault.pack import PackBuilder
 from process_server.vault.seal import (
     TABLE_DTYPE,
-    Codec,
     Kind,
     SealedObject,
     Sealer,
