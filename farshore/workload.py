@@ -138,6 +138,8 @@ class Writer:
     def _next(self, due: int) -> list[int]:
         """Number the writes that are due, as far as depth and blocks in flight allow."""
         seqs: list[int] = []
+        if due <= 0:
+            return seqs
         busy = set(self._in_flight.values())
         while due > len(seqs) and len(self._in_flight) < self._depth:
             offset = self._workload.offset(self._sent + 1)

@@ -7,6 +7,7 @@ import sys
 import threading
 from typing import Final
 
+from farshore import heap
 from farshore.telemetry import get_logger
 from farshore.units import KIB, MIB
 
@@ -14,8 +15,6 @@ _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h
 _MCL_CURRENT: Final = 1  # asm-generic/mman.h
 _MCL_FUTURE: Final = 2
 _MCL_ONFAULT: Final = 4
-_M_TRIM_THRESHOLD: Final = -1  # malloc.h
-_M_MMAP_THRESHOLD: Final = -3
 _STACK_BYTES: Final = 512 * KIB
 _SWITCH_S: Final = 0.0005
 
@@ -28,10 +27,7 @@ def prepare() -> None:
     threading.stack_size(_STACK_BYTES)
     # A thread that comes back from a system call of 20 µs must not wait 5 ms for the interpreter.
     sys.setswitchinterval(_SWITCH_S)
-    # Payloads come and go at gigabytes a second: taken from the heap and not given back, their pages are
-    # faulted in once. The largest threshold that glibc takes is 32 MiB.
-    _libc.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)
-    _libc.mallopt(_M_TRIM_THRESHOLD, 512 * MIB)
+    heap.keep(512 * MIB)  # payloads come and go at gigabytes a second
     # Memory that is reclaimed by writing to a disk of ours must not wait for memory that we ask for.
     if _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
         log.warning("io_flusher_not_set", error=os.strerror(ctypes.get_errno()))

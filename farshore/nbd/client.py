@@ -16,6 +16,7 @@ from farshore.units import KIB
 
 CONNECT_TIMEOUT_S: Final = 30.0
 _RECEIVE_BYTES: Final = 256 * KIB
+_JOINED_BYTES: Final = 64 * KIB
 REQUESTS_AT_ONCE: Final = 128
 
 
@@ -43,7 +44,8 @@ class NbdClient:
         self._waiting: dict[int, _Waiting] = {}
         self._cookie = 0
         self._decoder = codec.ReplyDecoder()
-        self._sending = asyncio.Lock()
+        self._queue: list[bytes | bytearray | memoryview] = []
+        self._queued, self._all_sent = asyncio.Event(), asyncio.Event()
         self._places = asyncio.Semaphore(REQUESTS_AT_ONCE)
         self._lost: str | None = None
 
@@ -110,34 +112,45 @@ class NbdClient:
             self._waiting[cookie] = waiting
             if kind == codec.READ:
                 self._decoder.expect_data(cookie, length)
-            head = codec.encode_request(kind, cookie, offset, length, flags)
-            await self._send(head, data)
-            await waiting.done
+            self._put(codec.encode_request(kind, cookie, offset, length, flags), data)
+            try:
+                await waiting.done
+            except asyncio.CancelledError:
+                # The caller may change its data now; half of a request must not be on the wire.
+                await self._all_sent.wait()
+                raise
         if waiting.error:
             raise RequestError(f"{_VERBS[kind]} of {length} bytes at {offset} failed", waiting.error)
         return waiting
 
-    async def _send(self, head: bytes, data: bytes | bytearray | memoryview) -> None:
-        # A cancelled call must not leave half of a request on the wire: the send goes on until it is whole.
-        sending = asyncio.ensure_future(self._send_whole(head, data))
-        try:
-            await asyncio.shield(sending)
-        except asyncio.CancelledError:
-            await sending
-            raise
+    def _put(self, head: bytes, data: bytes | bytearray | memoryview) -> None:
+        self._queue += [head, data] if data else [head]
+        self._all_sent.clear()
+        self._queued.set()
 
-    async def _send_whole(self, head: bytes, data: bytes | bytearray | memoryview) -> None:
+    async def send(self) -> None:
+        """Send what is put until the connection ends; run by `connect`. What came together goes together."""
         loop = asyncio.get_running_loop()
         try:
-            async with self._sending:
-                if len(data) <= 64 * KIB:
-                    await loop.sock_sendall(self._peer, head + data)
-                else:
-                    await loop.sock_sendall(self._peer, head)
-                    await loop.sock_sendall(self._peer, data)
+            while True:
+                await self._queued.wait()
+                self._queued.clear()
+                waiting, self._queue = self._queue, []
+                small: list[bytes | bytearray | memoryview] = []
+                for part in waiting:
+                    if len(part) > _JOINED_BYTES:
+                        await loop.sock_sendall(self._peer, b"".join(small))
+                        await loop.sock_sendall(self._peer, part)
+                        small = []
+                    else:
+                        small.append(part)
+                await loop.sock_sendall(self._peer, b"".join(small))
+                if not self._queue:
+                    self._all_sent.set()
         except OSError as error:
             self._fail(error.strerror or str(error))
-            raise self._gone() from error
+        finally:
+            self._all_sent.set()
 
     def _gone(self) -> Unreachable:
         return Unreachable("the NBD server is gone", where=self.agreed.name, why=self._lost or "")
@@ -187,8 +200,8 @@ class NbdClient:
     async def disconnect(self) -> None:
         """Say goodbye; run by `connect`."""
         if self._lost is None:
-            with contextlib.suppress(Unreachable):
-                await self._send(codec.encode_request(codec.DISC, 0, 0, 0), b"")
+            self._put(codec.encode_request(codec.DISC, 0, 0, 0), b"")
+            await self._all_sent.wait()
 
 
 _VERBS: Final = {
@@ -235,14 +248,17 @@ async def connect(address: Path | tuple[str, int], export: str) -> AsyncIterator
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client = NbdClient(peer, machine.agreed)
         # No TaskGroup: what the caller raises inside of the context must leave it as it is, not in a group.
+        sending = asyncio.ensure_future(client.send())
         receiving = asyncio.ensure_future(client.receive(machine.unread()))
         try:
             yield client
         finally:
             await client.disconnect()
-            receiving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await receiving
+            for task in (sending, receiving):
+                task.cancel()
+            for task in (sending, receiving):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
 
 async def _open(loop: asyncio.AbstractEventLoop, address: Path | tuple[str, int]) -> socket.socket:

@@ -6,6 +6,7 @@ its own, built on the same codec, because it answers from threads.
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -15,8 +16,10 @@ from typing import Final, Protocol
 from farshore.errors import CapacityError, ConfigError, FarshoreError
 from farshore.nbd import codec, handshake
 from farshore.nbd.codec import NbdError, Request
-from farshore.telemetry import get_logger
 from farshore.units import KIB, MIB
+
+# Not structlog: it takes 0.1 s to import, of the second that an export has; daemons lead this to it.
+_log: Final = logging.getLogger(__name__)
 
 REQUESTS_AT_ONCE: Final = 64
 """Requests of one connection being worked on; further ones wait in the socket."""
@@ -73,7 +76,6 @@ class NbdServer:
     def __init__(self, exports: Mapping[str, Export]) -> None:
         """``exports`` may change while serving; a client keeps what it has chosen."""
         self._exports = exports
-        self._log = get_logger(component="nbd")
 
     @contextlib.asynccontextmanager
     async def listen_unix(self, path: Path) -> AsyncIterator[None]:
@@ -142,7 +144,7 @@ class NbdServer:
                 try:
                     peer, _ = await loop.sock_accept(listener)
                 except OSError as error:
-                    self._log.warning("nbd_accept_failed", error=str(error))
+                    _log.warning("nbd: cannot accept: %s", error)
                     await asyncio.sleep(0.1)
                     continue
                 if connections >= CONNECTIONS_MAX:
@@ -162,11 +164,11 @@ class NbdServer:
                 if chosen is not None:
                     await _Session(peer, *chosen).run()
             except TimeoutError:
-                self._log.info("nbd_handshake_timed_out")
+                _log.info("nbd: a handshake took too long")
             except NbdError as error:
-                self._log.warning("nbd_client_refused", error=str(error))
+                _log.warning("nbd: a client was refused: %s", error)
             except (ConnectionError, OSError) as error:
-                self._log.info("nbd_connection_lost", error=str(error))
+                _log.info("nbd: a connection was lost: %s", error)
 
     async def _negotiate(self, peer: socket.socket) -> "tuple[Export, handshake.Agreed, bytes] | None":
         loop = asyncio.get_running_loop()
@@ -278,7 +280,7 @@ class _Session:
         self._unread = unread
         self._budget = _Budget()
         self._sending = asyncio.Lock()
-        self._log = get_logger(component="nbd", export=agreed.name)
+        self._name = agreed.name
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -317,7 +319,7 @@ class _Session:
             except OSError as error:
                 await self._refuse(request, error.errno or codec.EIO)
             except FarshoreError as error:
-                self._log.error("nbd_request_failed", type=request.type, error=str(error))
+                _log.error("nbd: %s: a request of type %d failed: %s", self._name, request.type, error)
                 code = codec.ENOSPC if isinstance(error, CapacityError) else codec.EIO
                 await self._refuse(request, code)
         except OSError:
