@@ -15,6 +15,10 @@ import click
 from farshore import __version__
 from farshore.errors import Failed, FarshoreError, UsageError
 
+# For us and every process that we start: numpy's BLAS would begin a thread per core that spins for a while,
+# a fifth of the start of a command, and we multiply no matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 EXIT_INTERRUPTED: Final = 130
 """128 + SIGINT, as a shell reports it."""
 

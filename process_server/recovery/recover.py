@@ -7,6 +7,7 @@ follows behind reads back what was written and hashes it.
 """
 
 import ctypes
+import mmap
 import os
 import subprocess
 import threading
@@ -82,7 +83,7 @@ def recover_volume(
 
     Args:
         format: ``raw``, or what ``qemu-img`` makes of it: ``qcow2``, ``vhdx``, ``vmdk``.
-        workers: Processes; by default one per core.
+        workers: Processes; by default one more than there are cores.
 
     Raises:
         WrongKey, IntegrityError: Something in the vault is not ours, damaged or missing.
@@ -93,7 +94,8 @@ def recover_volume(
     made: Path | None = None
     try:
         path = target.prepare(image.size_bytes)
-        count = workers if workers is not None else max(1, len(os.sched_getaffinity(0)))
+        # One more than cores: they wait for the disk in turns.
+        count = workers if workers is not None else 1 + len(os.sched_getaffinity(0))
         setup = Setup(vault_url, chain.keys.to_bytes(), chain.machine, path, target.device)
         digest = _write(image, setup, count, progress)
         if isinstance(target, DeviceTarget) or format == "raw":
@@ -321,7 +323,7 @@ class _ReadBack:
     def _run(self) -> None:
         try:
             at = 0
-            buffer = bytearray(READ_BACK_BYTES)
+            buffer = mmap.mmap(-1, READ_BACK_BYTES)  # on a page
             while at < self._size_bytes:
                 with self._changed:
                     while self._allowed <= at and not self._stopped:

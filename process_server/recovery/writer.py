@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from farshore import heap
 from farshore.errors import Failed, FarshoreError
 from farshore.units import MIB
 from process_server.recovery.image import ChunkSource, read_rows
@@ -25,8 +26,8 @@ from process_server.vault.keys import VaultKeys
 from process_server.vault.map import PackRef, ends
 from process_server.vault.store import open_store
 
-CHUNKS_AT_ONCE: Final = 64
-"""Chunks of one pack that are in memory at once: 4 MiB at the usual size, 64 MiB at the largest."""
+CHUNKS_AT_ONCE: Final = 16
+"""Chunks of one pack that are in memory at once: 2 MiB at the usual size, 16 MiB at the largest."""
 CACHE_BYTES: Final = 32 * MIB
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -60,6 +61,7 @@ def run(connection: Connection, setup: Setup) -> None:
     """Work on tasks until the parent closes the connection. An error is sent to the parent and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal signals the whole group; the parent decides
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    heap.keep(64 * MIB)
     store = open_store(setup.vault_url)
     chunks = ChunkSource(store, VaultKeys.from_bytes(setup.keys), setup.machine, cache_bytes=CACHE_BYTES)
     with suppress(BrokenPipeError, EOFError, ConnectionResetError):
