@@ -26,8 +26,12 @@ START_BYTES: Final = SEGMENT_HEADER_BYTES + PAGE_BYTES
 POOL_FILES_MAX: Final = 4
 """Free files kept for recycling; at 64 MiB a segment that is a second of sequential writing."""
 
+BAD_FILES_MAX: Final = 8
+"""Damaged segments kept for people; a disk that damages one a day must not fill up with them."""
+
 _SEGMENT: Final = re.compile(r"seg-([0-9]{20})\.hrl")
 _FREE: Final = re.compile(r"free-([0-9]{20})\.hrl")
+_BAD: Final = re.compile(r"bad-([0-9]{20})[-.].*")
 _NUMBERED: Final = re.compile(r"(?:seg|free|bad)-([0-9]{20})[-.].*")
 _ZEROS: Final = bytes(START_BYTES)
 
@@ -154,7 +158,10 @@ def release(directory: Path, path: Path, *, keep: bool) -> None:
 
 
 def quarantine(directory: Path, path: Path, reason: str) -> Path:
-    """Rename a file that must not count, and must not be lost either, to ``bad-…``; returns the new path."""
+    """Rename a file that must not count, and must not be lost either, to ``bad-…``; return the new path.
+
+    Of more than `BAD_FILES_MAX` such files the oldest go.
+    """
     number = segment_number(path) or 0
     words = re.sub(r"[^a-z0-9]+", "-", reason.lower()).strip("-")[:80]
     target = directory / f"bad-{number:020}-{words}.hrl"
@@ -164,6 +171,8 @@ def quarantine(directory: Path, path: Path, reason: str) -> Path:
         target = directory / f"bad-{number:020}-{words}-{copy}.hrl"
     os.rename(path, target)
     failpoint("journal.quarantine.renamed")
+    for _, old in _listed(directory, _BAD)[:-BAD_FILES_MAX]:
+        old.unlink()
     sync_directory(directory)
     return target
 

@@ -83,3 +83,13 @@ def test_a_batch_of_a_twin_incarnation_never_counts(tmp_path: Path) -> None:
     found = look(tmp_path / "one")
     assert held(found) == [1, 2, 3]
     assert found.last_lsn == 3
+
+
+def test_of_many_damaged_files_the_newest_are_kept(tmp_path: Path) -> None:
+    count = segments.BAD_FILES_MAX + 5
+    for number in range(1, count + 1):
+        segment_path(tmp_path, number).write_bytes(b"damaged")
+        segments.quarantine(tmp_path, segment_path(tmp_path, number), "bad record")
+    kept = sorted(int(path.name[4:24]) for path in tmp_path.glob("bad-*"))
+    assert kept == list(range(count - segments.BAD_FILES_MAX + 1, count + 1))
+    assert segments.highest_number(tmp_path) == count
