@@ -1,6 +1,7 @@
 """Time, as an argument: services take a `Clock`, so that tests decide what time it is."""
 
 import time
+from datetime import UTC, datetime
 from typing import Protocol
 
 
@@ -26,3 +27,9 @@ class SystemClock:
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+
+def format_time(time_ns: int) -> str:
+    """Return a time (ns since 1970) as RFC 3339 in UTC, to the microsecond."""
+    seconds, rest = divmod(time_ns, 1_000_000_000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest // 1000:06d}Z"

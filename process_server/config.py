@@ -118,6 +118,11 @@ class Layout:
         return self.root / "slot.key"
 
     @property
+    def catalog(self) -> Path:
+        """What the vault's chains say, as tables; a cache."""
+        return self.root / "catalog.sqlite"
+
+    @property
     def vault(self) -> Path:
         """Default place of the vault, when no URL is given."""
         return self.root / "vault"

@@ -6,29 +6,33 @@ and every clock; TLS, hashing, compression and packs are in the workers (`proces
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-import numpy as np
 from prometheus_client import CollectorRegistry
 
 from farshore.clock import Clock
-from farshore.errors import AuthError, Conflict, Failed, FarshoreError, Fenced, NotFound, Unreachable
+from farshore.errors import AuthError, Failed, FarshoreError, Fenced, NotFound
 from farshore.ids import valid_name
 from farshore.pki import machine_of_certificate
 from farshore.telemetry import get_logger
 from farshore.wire import frames
 from farshore.wire import messages as m
-from process_server.catalog import Catalog
+from process_server.catalog import CatalogKeeper
 from process_server.config import ServerConfig, parse_listen
 from process_server.ingest import ipc
-from process_server.ingest.machine import CUTS_MAX, InlinePack, Machine, PacksLost, read_head
-from process_server.ingest.maps import MapKeeper, rebuild_index
+from process_server.ingest.commands import Commands
+from process_server.ingest.known import KnownChunks
+from process_server.ingest.machine import CUTS_MAX, Machine, read_head
+from process_server.ingest.maps import MapKeeper
 from process_server.ingest.metrics import IngestMetrics
+from process_server.ingest.offers import Offers
+from process_server.ingest.packs import PacksUnderWay
 from process_server.ingest.pool import WorkerPool, WorkerProcess
-from process_server.ingest.resync import BlockTable, build_table, extend_table
 from process_server.ingest.session import Session
 from process_server.ingest.stream import Position, Refused
 from process_server.vault.chain import Chain
@@ -36,9 +40,7 @@ from process_server.vault.commit import CommitHead, Rows
 from process_server.vault.control import ControlStore
 from process_server.vault.dedup import DedupIndex
 from process_server.vault.keys import VaultKeys
-from process_server.vault.pack import pack_name
 from process_server.vault.store import Store
-from process_server.vault.store.settle import put_same
 
 PACE_MIN_S: Final = 0.5
 PING_S: Final = 1.0
@@ -111,7 +113,7 @@ class ProcessServer:
         control: The vault's control objects: machines and the deny-list.
         identity: Enrolment and who is allowed.
         index: Which chunks the vault has; a cache, an empty one by default.
-        catalog: Follows the chains, after each acknowledgement; may be absent.
+        catalog: Follows the chains, behind the acknowledgements; may be absent.
     """
 
     def __init__(
@@ -125,14 +127,14 @@ class ProcessServer:
         *,
         identity: Identity,
         index: DedupIndex | None = None,
-        catalog: Catalog | None = None,
+        catalog: CatalogKeeper | None = None,
     ) -> None:
         self._config, self._store, self._keys, self._control = config, store, keys, control
         self._clock, self._identity = clock, identity
-        self._index = index if index is not None else DedupIndex()
-        self._rebuild = index is None
-        # Packs stored while the index is rebuilt from the vault: added to the rebuilt one, too.
-        self._meanwhile: list[tuple[bytes, list[bytes], bytes]] | None = None
+        self._chunks = KnownChunks(store, keys, clock, index)
+        self._packs = PacksUnderWay(store, self._chunks)
+        self._offers = Offers(store, keys, self._chunks, config.ingest.chunk_bytes, self._spawn)
+        self._commands = Commands()
         self._maps = MapKeeper(store, keys, clock)
         self._tls = Tls(b"", b"", b"")
         self._writer, self._generation = b"", 0
@@ -147,12 +149,7 @@ class ProcessServer:
         self._peers: dict[int, Peer] = {}
         self._sessions: dict[bytes, Session] = {}
         self._session_peers: dict[bytes, set[Peer]] = {}
-        self._flushes: dict[int, asyncio.Future[list[InlinePack]]] = {}
-        self._flush_worker: dict[int, WorkerProcess] = {}
-        self._pack_worker: dict[bytes, tuple[bytes, WorkerProcess]] = {}
-        self._commands: dict[int, tuple[Session, asyncio.Future[m.Result]]] = {}
-        self._request = 0
-        self._packs_changed = asyncio.Condition()
+        self._pings = itertools.count(1)
         self._tokens_changed = asyncio.Condition()
         self._marks_waiting = 0
         self._trouble: list[float] = []
@@ -182,8 +179,7 @@ class ProcessServer:
                 group.create_task(self._ping(), name="ping")
                 group.create_task(self._recheck(), name="recheck")
                 group.create_task(self._maps.run(), name="maps")
-                if self._rebuild:
-                    group.create_task(self._rebuild_index(), name="rebuild-index")
+                group.create_task(self._chunks.rebuild(self._known), name="rebuild-index")
                 self.ready.set()
                 try:
                     await workers
@@ -246,73 +242,12 @@ class ProcessServer:
             self.end_session(machine.session, "denied", "this machine is denied")
 
     async def create_point(self, machine: str, tag: str, timeout_s: float) -> str:
-        """Have the agent cut a point that carries ``tag``; return its id once it is vaulted.
-
-        Raises:
-            NotFound: No such machine.
-            Unreachable: Its agent is not connected.
-            Failed: Not vaulted in time; it may still be later.
-            Conflict: The point would be, or is, fuzzy (the machine is not fully protected at the moment).
-        """
-        here = self.machine(machine)
-        session = here.session
-        if session is None or session.ended:
-            raise Unreachable("the agent is not connected", where=here.name)
-        self._request += 1
-        request = self._request
-        future: asyncio.Future[m.Result] = asyncio.get_running_loop().create_future()
-        self._commands[request] = (session, future)
-        session.link.send(m.Command(request, "point", None, tag))
-        try:
-            async with asyncio.timeout(timeout_s):
-                result = await future
-                if not result.ok:
-                    raise Conflict("the agent cannot make a point now", where=here.name, why=result.text)
-                async with here.changed:
-                    await here.changed.wait_for(
-                        lambda: (session.id, result.cut_seq) in here.outcomes or bool(session.ended)
-                    )
-                outcome = here.outcomes.get((session.id, result.cut_seq))
-        except TimeoutError:
-            raise Failed(
-                "the point was not vaulted in time", where=here.name, why=f"{timeout_s:g} s"
-            ) from None
-        finally:
-            self._commands.pop(request, None)
-        if outcome is None:
-            raise Failed("the point was not vaulted", where=here.name, why=session.ended)
-        if outcome.consistency == "fuzzy":
-            raise Conflict(
-                "the point is fuzzy",
-                where=outcome.point,
-                why="the machine is not fully protected at the moment",
-                fix="wait until `farshore status` shows it protected",
-            )
-        return outcome.point
+        """Have the machine's agent cut a point. Raises NotFound, and as `Commands.create_point`."""
+        return await self._commands.create_point(self.machine(machine), tag, timeout_s)
 
     async def command(self, machine: str, verb: str, volume: str | None, timeout_s: float) -> m.Result:
-        """Ask the agent for ``resync``, ``pause`` or ``resume`` of a volume; return its answer.
-
-        Raises:
-            NotFound, Unreachable: As `create_point`.
-            Failed: No answer in time.
-        """
-        here = self.machine(machine)
-        session = here.session
-        if session is None or session.ended:
-            raise Unreachable("the agent is not connected", where=here.name)
-        self._request += 1
-        request = self._request
-        future: asyncio.Future[m.Result] = asyncio.get_running_loop().create_future()
-        self._commands[request] = (session, future)
-        session.link.send(m.Command(request, verb, volume))
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError:
-            raise Failed("the agent did not answer in time", where=here.name) from None
-        finally:
-            self._commands.pop(request, None)
+        """Ask the machine's agent for something. Raises NotFound, and as `Commands.command`."""
+        return await self._commands.command(self.machine(machine), verb, volume, timeout_s)
 
     # --- connections ---
 
@@ -414,9 +349,7 @@ class ProcessServer:
                 if session.volumes.pop(message.id, None) is not None:
                     self._tell_workers(session, ipc.Volume(session.id, message.id, 0))
             case m.Result():
-                _, future = self._commands.get(message.id, (session, None))
-                if future is not None and not future.done() and self._commands[message.id][0] is session:
-                    future.set_result(message)
+                self._commands.answered(session, message)
             case _:
                 raise Refused("protocol", "a frame that has no place here", why=type(message).__name__)
 
@@ -548,14 +481,11 @@ class ProcessServer:
                 machine.session = None
                 machine.rpo.disconnected()
             machine.forget(session)
-        for owner, future in self._commands.values():
-            if owner is session and not future.done():
-                future.set_result(m.Result(0, False, "the session ended"))
+        self._commands.session_ended(session)
 
     def forget(self, session: Session) -> None:
         """No cut of an ended session waits any more: the workers drop what they hold of it."""
-        for pack in [pack for pack, (owner, _) in self._pack_worker.items() if owner == session.id]:
-            del self._pack_worker[pack]
+        self._packs.forget(session)
         for worker in self._pool.workers:
             worker.channel.send(ipc.Forget(session.id))
 
@@ -568,7 +498,12 @@ class ProcessServer:
     def _receive(self, worker: WorkerProcess, message: ipc.Message, raw: bytes) -> None:
         match message:
             case ipc.Query(request=request, session=id, own=own):
-                self._query(worker, request, id, own=own, ids=raw)
+                session = self._sessions.get(id)
+                if session is not None:
+                    found = self._chunks.locate(session.machine, raw, own=own)
+                else:
+                    found = bytes(len(raw) // 32 * ipc.FOUND_DTYPE.itemsize)
+                worker.channel.send(ipc.Found(request), found)
             case ipc.CopyRows():
                 self._rows(worker, message, raw)
             case ipc.DataRows():
@@ -579,11 +514,8 @@ class ProcessServer:
                 self._offer(worker, message, raw)
             case ipc.PackStored():
                 self._pack_stored(message, raw)
-            case ipc.Flushed(request=request, pack=pack, ids=ids):
-                future = self._flushes.pop(request, None)
-                self._flush_worker.pop(request, None)
-                if future is not None and not future.done():
-                    future.set_result([InlinePack(pack, raw, ids)] if pack else [])
+            case ipc.Flushed():
+                self._packs.flushed(message, raw)
             case ipc.Opened(connection=connection):
                 self._opened(connection, raw)
             case ipc.Closed(connection=connection, code=code, text=text):
@@ -637,134 +569,48 @@ class ProcessServer:
         session = self._sessions.get(message.session)
         if session is None:
             return
-        for pack in message.fresh:
-            self._pack_worker[pack] = (session.id, worker)
+        self._packs.begun(message.fresh, session, worker)
         try:
             if isinstance(message, ipc.CopyRows):
                 session.copy_rows(message, raw)
-                if self._tokens_waiting():
-                    self._wake(self._tokens_changed)
+                if self._marks_waiting:
+                    self._spawn(self._wake_marks())
             else:
                 session.data_rows(message, raw)
         except Refused as exc:
             self.metrics.refused_frames.labels(exc.code).inc()
             self.end_session(session, exc.code, str(exc))
 
-    def _tokens_waiting(self) -> bool:
-        return self._marks_waiting > 0
+    async def _wake_marks(self) -> None:
+        async with self._tokens_changed:
+            self._tokens_changed.notify_all()
 
-    def _wake(self, condition: asyncio.Condition) -> None:
-        async def notify() -> None:
-            async with condition:
-                condition.notify_all()
-
-        assert self._group is not None
-        self._group.create_task(notify())
-
-    def _query(self, worker: WorkerProcess, request: int, id: bytes, *, own: bool, ids: bytes) -> None:
-        session = self._sessions.get(id)
-        count = len(ids) // 32
-        rows = np.zeros(count, ipc.FOUND_DTYPE)
-        if session is not None:
-            chunks = [ids[32 * number : 32 * number + 32] for number in range(count)]
-            found = self._index.lookup(chunks)
-            if own:
-                # A REFERENCE counts only for what this machine itself has sent: I25.
-                mine = self._index.have(session.machine, chunks)
-                found = [locator if yes else None for locator, yes in zip(found, mine, strict=True)]
-            else:
-                sent = [chunk for chunk, locator in zip(chunks, found, strict=True) if locator is not None]
-                self._index.note(session.machine, sent)
-            for number, locator in enumerate(found):
-                if locator is not None:
-                    rows[number] = (1, *locator)
-        worker.channel.send(ipc.Found(request), rows.tobytes())
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        assert self._group is not None, "before run()"
+        return self._group.create_task(work)
 
     def _offer(self, worker: WorkerProcess, message: ipc.OfferQuery, raw: bytes) -> None:
+        def told(answers: bytes) -> None:
+            worker.channel.send(ipc.Answers(message.request), answers)
+
         session = self._sessions.get(message.session)
-        offers = np.frombuffer(raw, ipc.OFFER_DTYPE)
         if session is None:
-            worker.channel.send(ipc.Answers(message.request), bytes(len(offers)))
-            return
-        building = self._table(session, message.volume)
-        if building is None or building.done():
-            table = building.result() if building is not None else None
-            worker.channel.send(ipc.Answers(message.request), self._answers(session, offers, table))
-            return
-
-        async def answer() -> None:
-            await asyncio.wait({building})
-            # A commit outside a resync cancels the table. Unanswered, the agent would wait for ever.
-            table = None if building.cancelled() else building.result()
-            worker.channel.send(ipc.Answers(message.request), self._answers(session, offers, table))
-
-        assert self._group is not None
-        self._group.create_task(answer(), name="offer")
-
-    def _answers(self, session: Session, offers: Rows, table: BlockTable | None) -> bytes:
-        raw = offers["id"].tobytes()
-        have = self._index.have(session.machine, _split_ids(raw))
-        answers = np.where(np.array(have, np.bool_), m.HAVE_CHUNK, m.HAVE_NEED).astype(np.uint8)
-        if table is not None:
-            answers[table.same(offers)] = m.HAVE_SAME
-        return answers.tobytes()
-
-    def _table(self, session: Session, volume: bytes) -> "asyncio.Task[BlockTable | None] | None":
-        """Return the task that yields the volume's block table; it is started by the first OFFER."""
-        machine = self._machines[session.machine]
-        stream = session.volumes.get(volume)
-        if stream is None or volume not in machine.head.volumes:
-            return None
-        building = machine.tables.get(volume)
-        if building is None:
-            assert self._group is not None
-            building = machine.tables[volume] = self._group.create_task(
-                self._build_table(machine, volume, stream.size_bytes), name="block-table"
-            )
-        return building
-
-    async def _build_table(self, machine: Machine, volume: bytes, size_bytes: int) -> BlockTable | None:
-        block_bytes = self._config.ingest.chunk_bytes
-        try:
-            while True:
-                seq = machine.chain.seq
-                table = await asyncio.to_thread(
-                    build_table,
-                    self._store,
-                    self._keys,
-                    machine.id,
-                    volume,
-                    seq,
-                    block_bytes,
-                    size_bytes,
-                )
-                if machine.chain.seq == seq:
-                    return table
-                # Commits came meanwhile. Records may have written what a block had: lay them over it.
-                changes = machine.chain.seq
-                await asyncio.to_thread(
-                    extend_table, table, self._store, self._keys, machine.id, volume, seq + 1, changes
-                )
-                if machine.chain.seq == changes:
-                    return table
-        except FarshoreError as exc:
-            log.warning("resync_table_failed", machine=machine.name, error=str(exc))
-            return None
+            told(bytes(len(raw) // ipc.OFFER_DTYPE.itemsize))
+        else:
+            self._offers.answer(self._machines[session.machine], message.volume, raw, told)
 
     def _pack_stored(self, message: ipc.PackStored, ids: bytes) -> None:
-        session_id, _ = self._pack_worker.pop(message.pack, (message.session, None))
-        session = self._session_anyway(session_id)
+        session = self._session_anyway(self._packs.owner(message))
         self.metrics.pack_stored(message)
         if message.error:
             log.error("pack_not_stored", pack=message.pack.hex(), error=message.error)
             if session is not None:
                 session.lost = message.error
                 self.end_session(session, "retry", "a pack could not be stored")
-        else:
-            if session is not None:
-                self._index_add(message.pack, _split_ids(ids), session.machine)
-                session.unstored.discard(message.pack)
-        self._wake(self._packs_changed)
+        elif session is not None:
+            self._chunks.add(message.pack, ids, session.machine)
+            session.unstored.discard(message.pack)
+        self._spawn(self._packs.wake())
 
     def _session_anyway(self, id: bytes) -> Session | None:
         """A session by id, also one that ended while its last cuts still wait."""
@@ -778,14 +624,8 @@ class ProcessServer:
 
     def _worker_died(self, worker: WorkerProcess) -> None:
         self.metrics.worker_deaths.inc()
-        for request, owner in list(self._flush_worker.items()):
-            if owner is worker:
-                del self._flush_worker[request]
-                future = self._flushes.pop(request, None)
-                if future is not None and not future.done():
-                    future.set_exception(PacksLost("an ingest worker died"))
         # Sessions with a connection or an open pack there begin again from what is vaulted.
-        lost = {session for session, owner in self._pack_worker.values() if owner is worker}
+        lost = self._packs.worker_died(worker)
         for peer in [peer for peer in self._peers.values() if peer.worker is worker]:
             if peer.session is not None:
                 lost.add(peer.session.id)
@@ -796,53 +636,7 @@ class ProcessServer:
             if session is not None:
                 session.lost = "an ingest worker died"
                 self.end_session(session, "retry", session.lost)
-        self._wake(self._packs_changed)
-
-    # --- packs, for Machine ---
-
-    async def flush(self, session: Session, inline_bytes: int) -> list[InlinePack]:
-        futures = []
-        for worker in {owner for id, owner in self._pack_worker.values() if id == session.id}:
-            self._request += 1
-            future: asyncio.Future[list[InlinePack]] = asyncio.get_running_loop().create_future()
-            self._flushes[self._request], self._flush_worker[self._request] = future, worker
-            worker.channel.send(ipc.Flush(self._request, session.id, inline_bytes))
-            futures.append(future)
-        packs = []
-        for future in futures:
-            packs += await future
-        for pack in packs:
-            self._pack_worker.pop(pack.id, None)
-        return packs
-
-    async def store(self, session: Session, pack: InlinePack) -> None:
-        await asyncio.to_thread(put_same, self._store, pack_name(pack.id), pack.body)
-        self._index_add(pack.id, _split_ids(pack.ids), session.machine)
-        session.unstored.discard(pack.id)
-
-    async def stored(self, session: Session, packs: set[bytes]) -> None:
-        async with self._packs_changed:
-            await self._packs_changed.wait_for(lambda: bool(session.lost) or not packs & session.unstored)
-        if packs & session.unstored:
-            raise PacksLost("a pack was not stored", why=session.lost)
-
-    def _index_add(self, pack: bytes, ids: list[bytes], machine: bytes) -> None:
-        self._index.add(pack, ids, machine)
-        if self._meanwhile is not None:
-            self._meanwhile.append((pack, ids, machine))
-
-    async def _rebuild_index(self) -> None:
-        """Fill the index from the vault, beside the work: until then what is there is stored once more."""
-        if not self._known:
-            return
-        self._meanwhile = []
-        started = self._clock.monotonic()
-        rebuilt = await asyncio.to_thread(rebuild_index, self._store, self._keys, list(self._known))
-        for pack, ids, machine in self._meanwhile:
-            rebuilt.add(pack, ids, machine)
-        self._index, self._meanwhile = rebuilt, None
-        duration_s = round(self._clock.monotonic() - started, 3)
-        log.info("index_rebuilt", chunks=len(rebuilt), duration_s=duration_s)
+        self._spawn(self._packs.wake())
 
     # --- machines ---
 
@@ -866,12 +660,13 @@ class ProcessServer:
                 await asyncio.to_thread(chain.load_head)
                 head = await asyncio.to_thread(read_head, chain)
                 if self._catalog is not None:
-                    await asyncio.to_thread(self._follow, self._catalog, chain, machine_id)
+                    self._catalog.follow(chain, machine_id)
                 machine = self._machines[machine_id] = Machine(
                     machine_id,
                     name or (chain.head.machine_name if chain.head is not None else machine_id.hex()),
                     chain,
                     head,
+                    self._packs,
                     self,
                     self._clock,
                     pace_s=max(PACE_MIN_S, self._config.ingest.point_interval_s / 2),
@@ -885,37 +680,13 @@ class ProcessServer:
     async def _committed(self, machine: Machine, head: CommitHead, tables: dict[bytes, Rows]) -> None:
         """A commit is vaulted and its agent told: what follows may fail without harm."""
         self.metrics.commits.inc()
-        await self._extend_tables(machine, head)
+        if self._catalog is not None:
+            self._catalog.note(head, machine.chain.digest, machine.chain)
+        await self._offers.committed(machine, head)
         try:
             await self._maps.note(machine.id, head, tables)
         except FarshoreError as exc:
             log.warning("map_not_noted", machine=machine.name, error=str(exc))
-        if self._catalog is not None:
-            await asyncio.to_thread(self._follow, self._catalog, machine.chain, machine.id)
-
-    def _follow(self, catalog: Catalog, chain: Chain, machine: bytes) -> None:
-        try:
-            if chain.head is not None and not catalog.add(chain.head, chain.digest):
-                catalog.follow(chain, machine)
-        except FarshoreError as exc:
-            log.warning("catalog_behind", machine=machine.hex(), error=str(exc))
-
-    async def _extend_tables(self, machine: Machine, head: CommitHead) -> None:
-        session = machine.session
-        for volume, building in list(machine.tables.items()):
-            stream = session.volumes.get(volume) if session is not None else None
-            if stream is None or not stream.resync:
-                # Compared to the end, or the agent is gone: what a later resync needs is built anew.
-                del machine.tables[volume]
-                building.cancel()
-            elif building.done() and (table := building.result()) is not None:
-                try:
-                    await asyncio.to_thread(
-                        extend_table, table, self._store, self._keys, machine.id, volume, head.seq, head.seq
-                    )
-                except FarshoreError as exc:
-                    log.warning("resync_table_failed", machine=machine.name, error=str(exc))
-                    del machine.tables[volume]
 
     # --- clocks ---
 
@@ -924,9 +695,9 @@ class ProcessServer:
             await asyncio.sleep(PING_S)
             now = self._clock.monotonic()
             for session in list(self._sessions.values()):
-                self._request += 1
-                self._machines[session.machine].rpo.ping(self._request, now)
-                session.link.send(m.Ping(self._request))
+                ping = next(self._pings)
+                self._machines[session.machine].rpo.ping(ping, now)
+                session.link.send(m.Ping(ping))
 
     async def _recheck(self) -> None:
         """Ask the deny-list again for every live connection: a revocation needs no reconnect to be felt."""
@@ -958,10 +729,6 @@ def empty_position(volume: bytes, *, empty: bool) -> m.VolumePosition:
         copy_end=0,
         empty=empty,
     )
-
-
-def _split_ids(ids: bytes) -> list[bytes]:
-    return [ids[at : at + 32] for at in range(0, len(ids), 32)]
 
 
 def _listen(host: str, port: int) -> socket.socket:

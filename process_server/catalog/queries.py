@@ -11,7 +11,9 @@ from sqlalchemy import Connection, create_engine, delete, event, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
+from farshore.clock import format_time
 from farshore.errors import Failed, IntegrityError
+from farshore.ids import id_to_hex
 from process_server.catalog.schema import CHAINS, METADATA, POINT_VOLUMES, POINTS
 from process_server.vault.chain import Chain
 from process_server.vault.commit import CommitHead, point_id
@@ -30,6 +32,20 @@ class PointRow:
     tag: str | None
     timeline: bytes
     volumes: dict[str, tuple[int, int]]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the point as ``point list`` prints it."""
+        return {
+            "id": self.id,
+            "time": format_time(self.time_ns),
+            "consistency": self.consistency,
+            "tag": self.tag,
+            "timeline": id_to_hex(self.timeline),
+            "volumes": {
+                name: {"lsn": lsn, "size_bytes": size_bytes}
+                for name, (lsn, size_bytes) in self.volumes.items()
+            },
+        }
 
 
 class Catalog:

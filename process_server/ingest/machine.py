@@ -51,8 +51,8 @@ class InlinePack:
     ids: bytes
 
 
-class Packs(Protocol):
-    """What a machine asks of the workers and the store; `ProcessServer` answers."""
+class Sessions(Protocol):
+    """What a machine says of its sessions; `ProcessServer` listens."""
 
     def forget(self, session: Session) -> None:
         """Nothing of ``session`` waits any more."""
@@ -61,6 +61,10 @@ class Packs(Protocol):
     def end_session(self, session: Session, code: str, text: str) -> None:
         """End ``session`` with ERROR ``code``."""
         ...
+
+
+class Packs(Protocol):
+    """What a machine asks of the workers and the store; `PacksUnderWay` answers."""
 
     async def flush(self, session: Session, inline_bytes: int) -> list[InlinePack]:
         """Seal every open pack of ``session``. Raises PacksLost."""
@@ -118,6 +122,7 @@ class Machine:
         chain: Chain,
         head: Head,
         packs: Packs,
+        sessions: Sessions,
         clock: Clock,
         *,
         pace_s: float,
@@ -135,7 +140,8 @@ class Machine:
         self.changed = asyncio.Condition()
         self.cuts: deque[Cut] = deque()
         self.tables: dict[bytes, asyncio.Task[BlockTable | None]] = {}
-        self._packs, self._clock, self._pace_s, self._committed = packs, clock, pace_s, committed
+        self._packs, self._sessions = packs, sessions
+        self._clock, self._pace_s, self._committed = clock, pace_s, committed
         self._wake = asyncio.Event()
         self._committing: list[Cut] = []
         self._last_commit = -1e9
@@ -236,7 +242,7 @@ class Machine:
     def _drop(self, session: Session, code: str, text: str) -> None:
         """Forget the cuts of a session that cannot be committed, and end it."""
         self.cuts = deque(cut for cut in self.cuts if cut.session is not session)
-        self._packs.end_session(session, code, text)
+        self._sessions.end_session(session, code, text)
 
     async def _due(self) -> None:
         """Wait until the oldest cuts are worth, or old enough for, a commit."""
@@ -410,7 +416,7 @@ class Machine:
     def forget(self, session: Session) -> None:
         """``session`` ended. Its cuts are complete and stay; once none waits, the workers may forget it."""
         if not any(cut.session is session for cut in self.waiting()):
-            self._packs.forget(session)
+            self._sessions.forget(session)
         self._wake.set()
 
     def status(self, now: float, point_interval_s: float) -> dict[str, object]:

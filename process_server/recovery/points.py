@@ -7,9 +7,10 @@ answers on an empty host as it does beside a running server.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final
 
+from farshore.clock import format_time
 from farshore.errors import Conflict, IntegrityError, NotFound, UsageError
 from farshore.ids import id_to_hex
 from process_server.vault.commit import CommitHead, CommitVolume, commit_name, point_id
@@ -148,12 +149,6 @@ class Cut:
     def label(self) -> str:
         """Return what a result calls it: the point's id, or the LSN when the cut is within a commit."""
         return self.point.id if self.lsn is None else f"lsn:{self.lsn}"
-
-
-def format_time(time_ns: int) -> str:
-    """Return a time as RFC 3339 in UTC, to the microsecond."""
-    seconds, rest = divmod(time_ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest // 1000:06d}Z"
 
 
 def find_machine(store: Store, keys: VaultKeys, name: str) -> ChainReader:

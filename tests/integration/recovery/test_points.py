@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from farshore.cli.main import main
+from farshore.clock import format_time
 from farshore.errors import Conflict, NotFound, UsageError
 from process_server.recovery.points import (
     ChainReader,
     Cut,
     find_machine,
-    format_time,
     list_points,
     parse_time,
     resolve,

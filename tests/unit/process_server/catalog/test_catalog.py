@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from farshore.errors import Failed
-from process_server.catalog import Catalog
+from process_server.catalog import Catalog, CatalogKeeper, open_catalog
+from process_server.recovery.points import ChainReader, list_points
 from process_server.vault.chain import Chain
 from process_server.vault.commit import CommitVolume
 from process_server.vault.keys import VaultKeys
@@ -85,3 +86,50 @@ def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
     path.write_bytes(b"not a database, but long enough to be taken for one" * 100)
     with pytest.raises(Failed, match="remove it"):
         Catalog(path)
+
+
+def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    path.write_bytes(b"not a database, but long enough to be taken for one" * 100)
+    catalog = open_catalog(path)
+    assert catalog is not None
+    assert catalog.position(MACHINE) is None
+    catalog.close()
+
+
+def test_without_a_place_for_it_there_is_no_catalog(tmp_path: Path) -> None:
+    assert open_catalog(tmp_path / "no such directory" / "catalog.sqlite") is None
+
+
+def test_the_keeper_shows_what_the_chain_says() -> None:
+    keys, store = VaultKeys(bytes(16), 1, bytes(32)), MemoryStore()
+    chain = make(3, keys, store)
+    keeper = CatalogKeeper(Catalog(None))
+    keeper.follow(chain, MACHINE)
+    for number in range(3, 6):
+        extend(chain, number)
+        assert chain.head is not None
+        keeper.note(chain.head, chain.digest, chain)
+    shown = keeper.points(MACHINE, chain.seq)
+    assert shown is not None
+    assert [row.as_dict() for row in shown] == [
+        point.as_dict() for point in list_points(ChainReader(store, keys, MACHINE))
+    ]
+    keeper.close()
+
+
+def test_a_keeper_that_is_behind_says_so_and_catches_up() -> None:
+    keys, store = VaultKeys(bytes(16), 1, bytes(32)), MemoryStore()
+    chain = make(3, keys, store)
+    keeper = CatalogKeeper(Catalog(None))
+    keeper.follow(chain, MACHINE)
+    assert keeper.points(MACHINE, chain.seq) is not None
+    extend(chain, 3)
+    assert keeper.points(MACHINE, chain.seq) is None
+    extend(chain, 4)  # the one before was never noted
+    assert chain.head is not None
+    keeper.note(chain.head, chain.digest, chain)
+    shown = keeper.points(MACHINE, chain.seq)
+    assert shown is not None
+    assert len(shown) == 5
+    keeper.close()

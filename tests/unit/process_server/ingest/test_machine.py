@@ -99,7 +99,9 @@ async def committing(events: Events, step: Callable[[NotingStore], None]) -> Not
     async def committed(machine: Machine, head: CommitHead, tables: dict[bytes, Rows]) -> None:
         pass
 
-    machine = Machine(MACHINE, "db1", chain, Head(), events, SystemClock(), pace_s=0.0, committed=committed)
+    machine = Machine(
+        MACHINE, "db1", chain, Head(), events, events, SystemClock(), pace_s=0.0, committed=committed
+    )
     await machine.own(0)
     events.happened.clear()
     task = asyncio.create_task(machine.run())

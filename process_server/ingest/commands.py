@@ -1,0 +1,94 @@
+"""What operators have agents do: COMMAND out, RESULT in."""
+
+import asyncio
+import itertools
+
+from farshore.errors import Conflict, Failed, Unreachable
+from farshore.wire import messages as m
+from process_server.ingest.machine import Machine
+from process_server.ingest.session import Session
+
+
+class Commands:
+    """Commands that were sent and not answered."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, tuple[Session, asyncio.Future[m.Result]]] = {}
+        self._requests = itertools.count(1)
+
+    def answered(self, session: Session, result: m.Result) -> None:
+        """An agent answered; what nobody waits for any more, or another session was asked, is dropped."""
+        owner, future = self._waiting.get(result.id, (None, None))
+        if owner is session and future is not None and not future.done():
+            future.set_result(result)
+
+    def session_ended(self, session: Session) -> None:
+        """Nobody will answer what ``session`` was asked."""
+        for owner, future in self._waiting.values():
+            if owner is session and not future.done():
+                future.set_result(m.Result(0, False, "the session ended"))
+
+    async def create_point(self, machine: Machine, tag: str, timeout_s: float) -> str:
+        """Have the agent cut a point that carries ``tag``; return its id once it is vaulted.
+
+        Raises:
+            Unreachable: The agent is not connected.
+            Failed: Not vaulted in time; it may still be later.
+            Conflict: The point would be, or is, fuzzy (the machine is not fully protected at the moment).
+        """
+        session = _connected(machine)
+        try:
+            async with asyncio.timeout(timeout_s):
+                result = await self._ask(session, "point", None, tag)
+                if not result.ok:
+                    raise Conflict("the agent cannot make a point now", where=machine.name, why=result.text)
+                async with machine.changed:
+                    await machine.changed.wait_for(
+                        lambda: (session.id, result.cut_seq) in machine.outcomes or bool(session.ended)
+                    )
+                outcome = machine.outcomes.get((session.id, result.cut_seq))
+        except TimeoutError:
+            raise Failed(
+                "the point was not vaulted in time", where=machine.name, why=f"{timeout_s:g} s"
+            ) from None
+        if outcome is None:
+            raise Failed("the point was not vaulted", where=machine.name, why=session.ended)
+        if outcome.consistency == "fuzzy":
+            raise Conflict(
+                "the point is fuzzy",
+                where=outcome.point,
+                why="the machine is not fully protected at the moment",
+                fix="wait until `farshore status` shows it protected",
+            )
+        return outcome.point
+
+    async def command(self, machine: Machine, verb: str, volume: str | None, timeout_s: float) -> m.Result:
+        """Ask the agent for ``resync``, ``pause`` or ``resume`` of a volume; return its answer.
+
+        Raises:
+            Unreachable: The agent is not connected.
+            Failed: No answer in time.
+        """
+        session = _connected(machine)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._ask(session, verb, volume, None)
+        except TimeoutError:
+            raise Failed("the agent did not answer in time", where=machine.name) from None
+
+    async def _ask(self, session: Session, verb: str, volume: str | None, tag: str | None) -> m.Result:
+        request = next(self._requests)
+        future: asyncio.Future[m.Result] = asyncio.get_running_loop().create_future()
+        self._waiting[request] = session, future
+        session.link.send(m.Command(request, verb, volume, tag))
+        try:
+            return await future
+        finally:
+            del self._waiting[request]
+
+
+def _connected(machine: Machine) -> Session:
+    session = machine.session
+    if session is None or session.ended:
+        raise Unreachable("the agent is not connected", where=machine.name)
+    return session
