@@ -1,6 +1,6 @@
 """What logging before writing costs: the tap beside qemu-nbd, which keeps no journal, on the same image.
 
-``python -m bench.tap [--directory DIR] [--rounds 3] [--gib 1]``
+``python -m bench.tap [--directory DIR] [--rounds 3] [--gib 1] [--endurance MINUTES]``
 
 fio's nbd engine writes 4 KiB at random 32 deep, then 1 MiB in sequence; ``end_fsync`` is inside the time.
 Each run begins with the image on the disk and out of the page cache. Segments are freed as if the vault kept
@@ -9,12 +9,18 @@ Beside 1 MiB: what the journal's own device takes when fio writes 1 MiB and fdat
 a file that exists. The tap writes each byte twice, to the journal and to the image, here on the same device.
 
 Targets: 4 KiB at least twice qemu-nbd; 1 MiB at least 0.8 of the journal device.
+
+With ``--endurance`` only this: 4 KiB at random, minute after minute, while so much memory is locked away that
+half of the image fits into what is left. The slowest minute is to be at least half of the median one.
 """
 
 import argparse
 import json
+import mmap
 import os
+import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -31,6 +37,7 @@ from tests.harness.tap import TapHost, wait_until
 
 TARGET_4K: Final = 2.0
 TARGET_1M: Final = 0.8
+TARGET_SLOWEST: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +57,13 @@ def fio(*words: str) -> dict[str, float]:
     return {"iops": job["iops"], "mb_s": job["bw_bytes"] / 1e6}
 
 
-def nbd(uri: str, kind: str, size: int) -> float:
-    """Write through an NBD server; returns the rate."""
+def nbd(uri: str, kind: str, size: int, *, seconds: int = 0) -> float:
+    """Write through an NBD server, ``size`` bytes or for ``seconds``; returns the rate."""
     common = ("--ioengine=nbd", f"--uri={uri}", f"--size={size}", "--end_fsync=1")
     if kind == "4k":
         random = ("--rw=randwrite", "--bs=4k", "--iodepth=32", "--randrepeat=0", "--norandommap=1")
-        return fio(*common, *random)["iops"]
+        timed = ("--time_based", f"--runtime={seconds}") if seconds else ()
+        return fio(*common, *random, *timed)["iops"]
     return fio(*common, "--rw=write", "--bs=1M", "--iodepth=4")["mb_s"]
 
 
@@ -140,11 +148,55 @@ def device_round(directory: Path, size: int) -> float:
     return fio(f"--filename={path}", *words, f"--size={size}")["mb_s"]
 
 
+@contextmanager
+def memory_left(wanted: int) -> Iterator[None]:
+    """Lock memory away until about ``wanted`` bytes are left for everybody."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    script = (
+        "import ctypes, mmap, sys\n"
+        "held = mmap.mmap(-1, int(sys.argv[1]))\n"
+        "address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(held)))\n"
+        "assert ctypes.CDLL(None).mlock(address, ctypes.c_size_t(len(held))) == 0\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    held = max(available - wanted, mmap.PAGESIZE)
+    hog = subprocess.Popen(
+        [sys.executable, "-c", script, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert hog.stdout is not None
+        assert hog.stdout.readline() == b"held\n"
+        yield
+    finally:
+        hog.kill()
+        hog.wait()
+
+
+def endurance(directory: Path, image: Path, size: int, minutes: int) -> None:
+    """Write for ``minutes`` with memory for half of the image; prints the rate of each minute."""
+    with TapHost(directory) as host, memory_left(size // 2):
+        host.start()
+        with keeping_up(host):
+            forget(image)
+            rates = [nbd(host.uri(), "4k", size, seconds=60) for _ in range(minutes)]
+        assert host.stop() == 0
+    slowest = min(rates) / statistics.median(rates)
+    lines = [
+        f"4 KiB random, depth 32, {minutes} min, image {size / GIB:.0f} GiB, memory for half of it",
+        f"each minute {' '.join(f'{rate:.0f}' for rate in rates)} writes/s",
+        f"slowest beside median {slowest:.2f}, target {TARGET_SLOWEST}",
+    ]
+    show("tap endurance", {"minute_iops": rates, "slowest": slowest}, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--directory", type=Path, help="on the file system to measure; default: temporary")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the image and of each run")
+    parser.add_argument("--endurance", type=int, metavar="MINUTES", help="only this, see above")
     options = parser.parse_args()
     size = int(options.gib * GIB) // MIB * MIB
     taps: list[dict[str, Run]] = []
@@ -157,6 +209,9 @@ def main() -> None:
             for _ in range(size // MIB):
                 file.write(os.urandom(MIB))
         TapHost(directory).add(size=size, disk=image, quota_bytes=8 * GIB)
+        if options.endurance:
+            endurance(directory, image, size, options.endurance)
+            return
         for number in range(options.rounds + 1):
             qemu, rate = qemu_round(directory, image, size), device_round(directory, size)
             tap = tap_round(directory, image, size)
