@@ -36,7 +36,7 @@ def node_path(directory: Path, name: str) -> Path:
 def device_of(directory: Path, name: str) -> str | None:
     """The block device in front of a volume, ``/dev/loopN`` or ``/dev/nbdN``; None when there is none.
 
-    Looks into sysfs only: asking the file itself would wait for the tap, and it is the tap that asks.
+    Looks into sysfs only: asking the file itself would wait for the tap.
     """
     node = os.path.abspath(node_path(directory, name))
     for link in _SYS_BLOCK.glob("loop[0-9]*"):

@@ -144,7 +144,6 @@ class VolumeStatus(msgspec.Struct, frozen=True):
 
     Attributes:
         uri: How NBD clients reach it.
-        device: Block device in front of it, or None.
         mode: ``data``, ``bitmap``, or ``""`` while it is not served.
         failed, lost, resync: The disk refuses; bits are in memory only; why a full compare is due.
         why: What took it out of data mode, or keeps it from being served.
@@ -156,7 +155,6 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     name: str
     id: bytes
     uri: str
-    device: str | None
     disk: str
     size_bytes: int
     mode: str

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from agent.capture import attach, control
+from agent.capture import control
 from agent.capture.control import (
     Cleared,
     CutTaken,
@@ -47,14 +47,19 @@ NO_INCARNATION: Final = bytes(16)
 class _Entry:
     """A volume of this machine, served or not."""
 
-    def __init__(self, config: VolumeConfig) -> None:
-        self.config = config
+    def __init__(self, directory: Path, config: VolumeConfig) -> None:
+        self.use(directory, config)
         self.volume: Volume | None = None
         self.opened: Opened | None = None
         self.listener: socket.socket | None = None
         self.connections: set[Connection] = set()
         self.problem = "it is being opened"
         self.opening = asyncio.Lock()
+
+    def use(self, directory: Path, config: VolumeConfig) -> None:
+        """Go by these settings. Looks at the mounts, once: `Tap.status` is asked between two writes."""
+        self.config = config
+        self.state_page = state_page(directory, config)
 
 
 class Tap:
@@ -110,10 +115,10 @@ class Tap:
             NotFound, ConfigError, Conflict, Failed: As `open_volume` and `bind_unix`.
         """
         config = load_volume(self._directory, name)
-        entry = self._entries.setdefault(name, _Entry(config))
+        entry = self._entries.setdefault(name, _Entry(self._directory, config))
         async with entry.opening:
             if entry.volume is None:
-                entry.config = config
+                entry.use(self._directory, config)
                 try:
                     await self._serve(entry, held)
                 except FarshoreError as error:
@@ -126,7 +131,7 @@ class Tap:
         for other in self._entries.values():
             if other is not entry and other.volume and Path(other.config.disk) == Path(config.disk):
                 raise Conflict("the disk is protected already", where=config.disk, why=other.config.name)
-        place = Place(self._layout.volume(config.name), state_page(self._directory, config), self._machine)
+        place = Place(self._layout.volume(config.name), entry.state_page, self._machine)
         listener = bind_unix(socket_path(self._directory, config))
         try:
             opened = await asyncio.to_thread(open_volume, place, config, held, self._clock)
@@ -153,7 +158,7 @@ class Tap:
             await self._stop_entry(entry)
             self._entries.pop(name, None)
             # Not left behind on the tmpfs; whoever still reads it sees the last state.
-            state_page(self._directory, entry.config).unlink(missing_ok=True)
+            entry.state_page.unlink(missing_ok=True)
 
     async def stop(self) -> bool:
         """Stop everything in order; True when every volume stopped cleanly."""
@@ -342,7 +347,6 @@ class Tap:
             name=config.name,
             id=id_from_hex(config.id),
             uri=nbd_uri(self._directory, config),
-            device=attach.device_of(self._directory, config.name),
             disk=config.disk,
             size_bytes=volume.size_bytes if volume else 0,
             mode=volume.mode if volume else "",
@@ -363,7 +367,7 @@ class Tap:
             dirty_epoch=volume.epoch if volume else 0,
             region_bytes=volume.dirty.region_bytes if volume else 0,
             connections=len(entry.connections),
-            state_page=str(state_page(self._directory, config)),
+            state_page=str(entry.state_page),
             redone=opened.redone if opened and opened.continuity.redo else -1,
         )
 

@@ -42,7 +42,7 @@ def host(tmp_path: Path) -> Iterator[TapHost]:
 @pytest.mark.needs("mkfs.ext4", "e2fsck")
 def test_a_file_system_goes_on_over_a_killed_tap(host: TapHost, tmp_path: Path) -> None:
     device = attach.attach(host.directory, "disk", "loop", host.socket())
-    assert host.status().device == device
+    assert attach.device_of(host.directory, "disk") == device
     run("mkfs.ext4", "-q", device)
     point = tmp_path / "mounted"
     point.mkdir()
@@ -86,7 +86,7 @@ def test_a_file_system_goes_on_over_a_killed_tap(host: TapHost, tmp_path: Path) 
         run("umount", point)
     assert found == written
     attach.detach(host.directory, "disk")
-    assert host.status().device is None
+    assert attach.device_of(host.directory, "disk") is None
     assert host.status().mode == "data"
     assert host.stop() == 0
     run("e2fsck", "-fn", host.directory / "disk.img")
