@@ -155,6 +155,13 @@ class Identity:
             and self._now() < peer.not_after
         )
 
+    def expired(self, certificate: bytes) -> bool:
+        """Tell whether it is its age that `allowed` does not like: its machine may renew it and come back."""
+        try:
+            return self._now() >= pki.peer_identity(certificate, self._vault_id, "machine").not_after
+        except AuthError:
+            return False
+
     def name_of(self, machine_id: bytes) -> str | None:
         """Return the name under which a machine enrolled, whatever it calls itself; None: not on record."""
         machine = self._known.machines.get(machine_id)

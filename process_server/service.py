@@ -73,6 +73,8 @@ class Identity(Protocol):
 
     def allowed(self, machine_id: bytes, certificate: bytes) -> bool: ...
 
+    def expired(self, certificate: bytes) -> bool: ...
+
     def name_of(self, machine_id: bytes) -> str | None: ...
 
 
@@ -600,7 +602,7 @@ class ProcessServer:
             self._offers.answer(self._machines[session.machine], message.volume, raw, told)
 
     def _pack_stored(self, message: ipc.PackStored, ids: bytes) -> None:
-        session = self._session_anyway(self._packs.owner(message))
+        session = self._session_anyway(self._packs.ended(message))
         self.metrics.pack_stored(message)
         if message.error:
             log.error("pack_not_stored", pack=message.pack.hex(), error=message.error)
@@ -704,7 +706,12 @@ class ProcessServer:
         while True:
             await asyncio.sleep(ALLOWED_S)
             for peer in list(self._peers.values()):
-                if peer.machine and not self._identity.allowed(peer.machine, peer.certificate):
+                if not peer.machine or self._identity.allowed(peer.machine, peer.certificate):
+                    continue
+                if self._identity.expired(peer.certificate):
+                    self.metrics.auth_failures.labels("expired").inc()
+                    self._refuse(peer, "auth", "the certificate has expired; renew it")
+                else:
                     self.deny(peer.machine)
 
     def _complain(self, event: str, address: str, reason: str) -> None:

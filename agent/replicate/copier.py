@@ -120,7 +120,7 @@ class Copier:
         return bool(self._steps or self._works or self._sent or self._offers or self._answered or self._again)
 
     def _may_send(self) -> bool:
-        # A negative credit never happens: a COPY is at most 1 MiB and checked against it before.
+        # A negative credit never happens: a COPY is at most READ_BYTES and checked against it before.
         return self._credit >= min(READ_BYTES, self._setup.credit_bytes) and len(self._sent) < COPIES_AHEAD
 
     def _step(self) -> bool:
@@ -212,7 +212,7 @@ class Copier:
         self._report(progress)
 
     def _copy_extents(self, progress: Progress, extents: list[tuple[int, int]]) -> None:
-        """Read ``extents``, 1 MiB in all at most, and send them as one COPY."""
+        """Read ``extents``, READ_BYTES in all at most, and send them as one COPY."""
         reader = self._reader(progress.work.volume)
         chunk_bytes, zeros = self._setup.chunk_bytes, self._zeros
         chunks: list[m.CopyChunk] = []

@@ -15,7 +15,7 @@ VERSION: Final = 1
 META_BYTES_MAX: Final = 4 * MIB
 """MessagePack part; a MARK after a long copy names many tokens."""
 RAW_BYTES_MAX: Final = 5 * MIB
-"""Raw part: 4 MiB of records and their tables, or 1 MiB of copied blocks."""
+"""Raw part: 4 MiB of records and their tables, or 2 MiB of copied blocks."""
 UNAUTHENTICATED_BYTES_MAX: Final = 64 * KIB
 """Whole frame before the peer has shown a certificate."""
 

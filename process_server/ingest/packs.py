@@ -74,8 +74,8 @@ class PacksUnderWay:
         if future is not None and not future.done():
             future.set_result([InlinePack(message.pack, body, message.ids)] if message.pack else [])
 
-    def owner(self, message: ipc.PackStored) -> bytes:
-        """Return the id of the session that a pack belongs to; it is no longer under way."""
+    def ended(self, message: ipc.PackStored) -> bytes:
+        """A pack was stored, or was not: it is no longer under way. Return the id of its session."""
         session_id, _ = self._owners.pop(message.pack, (message.session, None))
         return session_id
 

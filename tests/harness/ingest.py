@@ -54,6 +54,7 @@ class AllowAll:
 
     def __init__(self) -> None:
         self.denied: set[bytes] = set()
+        self.aged = False
 
     async def enrol(self, message: m.Enrol) -> m.Enrolled:
         return m.Enrolled(new_id(), NO_ID, b"certificate", b"ca")
@@ -62,7 +63,10 @@ class AllowAll:
         return m.Enrolled(message.machine_id, NO_ID, b"certificate", b"ca")
 
     def allowed(self, machine_id: bytes, certificate: bytes) -> bool:
-        return machine_id not in self.denied
+        return machine_id not in self.denied and not self.aged
+
+    def expired(self, certificate: bytes) -> bool:
+        return self.aged
 
     def name_of(self, machine_id: bytes) -> str | None:
         return "host-1"

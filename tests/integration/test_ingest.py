@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from farshore.errors import Conflict, Failed
 from farshore.wire import messages as m
+from process_server import service
 from tests.harness.ingest import BLOCK, Agent, Site, Wire, close_all
 
 pytestmark = pytest.mark.timeout(120)
@@ -244,6 +245,22 @@ async def test_http_and_a_peer_without_a_certificate_get_nowhere(tmp_path: Path)
         wire = await Wire.connect(server.address, site.context(certificate=False))
         await wire.send(m.Enrol(1, b"token", b"secret", "host-1", b"csr"))
         assert (await wire.expect(m.Enrolled)).certificate == b"certificate"
+
+
+async def test_a_certificate_that_expires_meanwhile_is_no_denial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "ALLOWED_S", 0.05)
+    site = Site.make(tmp_path)
+    agent = Agent(site)
+    async with site.server(workers=1) as server:
+        wire, _ = await agent.connect(server.address)
+        site.identity.aged = True
+        error = await wire.ended()
+        assert error is not None
+        assert (error.code, "expired" in error.text) == ("auth", True)
+        machine = server.status()["machines"][0]  # type: ignore[index]
+        assert "the machine is on the deny-list" not in machine["reasons"]
 
 
 async def test_a_denied_machine_is_cut_off_at_once(tmp_path: Path) -> None:

@@ -312,9 +312,13 @@ async def test_renewing_again_and_again_does_not_fill_the_vault(site: Site) -> N
 
 async def test_an_expired_certificate_is_not_allowed(site: Site) -> None:
     one, enrolled = await site.enrolled()
+    certificate = pki.pem_to_der(enrolled.certificate)
     assert site.allowed(enrolled)
+    assert not site.identity.expired(certificate)
     site.clock.advance(pki.AGENT_LIFE.total_seconds())
     assert not site.allowed(enrolled)
+    assert site.identity.expired(certificate)
+    assert not site.identity.expired(b"no certificate")
     assert site.allowed(await site.identity.renew(one.renew(enrolled)))
 
 
