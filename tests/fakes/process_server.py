@@ -74,6 +74,7 @@ class FakeServer:
         self.forget_references = False
         self.hold_acks = False
         self.epoch = 1
+        self.copied_kinds: set[int] = set()
         self.plain_bytes = 0  # of records and copied blocks, however they came
         self.port = 0
         self._server: asyncio.Server | None = None
@@ -245,6 +246,7 @@ class FakeServer:
             return "protocol: token in use"
         pieces, missing, at = [], [], 0
         for index, chunk in enumerate(copy.chunks):
+            self.copied_kinds.add(chunk.kind)
             if chunk.kind in (m.COPY_DATA, m.COPY_ZSTD, m.COPY_DENSE):
                 piece = held_in(chunk, raw[at : at + sent_bytes(chunk)])
                 self.plain_bytes += len(piece)

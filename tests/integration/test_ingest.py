@@ -247,6 +247,14 @@ async def test_http_and_a_peer_without_a_certificate_get_nowhere(tmp_path: Path)
         assert (await wire.expect(m.Enrolled)).certificate == b"certificate"
 
 
+@pytest.mark.parametrize(("by", "level"), [("agent", 1), ("server", None)])
+async def test_agents_are_told_who_compresses(tmp_path: Path, by: str, level: int | None) -> None:
+    site = Site.make(tmp_path)
+    async with site.server(workers=1, copies_compressed_by=by) as server:
+        _, welcome = await Agent(site).connect(server.address)
+        assert welcome.policy.copy_level == level
+
+
 async def test_a_certificate_that_expires_meanwhile_is_no_denial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

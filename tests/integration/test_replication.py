@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -87,12 +88,17 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def begin(
-            *, seed: int = 1, through: Callable[[int], Awaitable[int]] | None = None, epoch: int = 1
+            *,
+            seed: int = 1,
+            through: Callable[[int], Awaitable[int]] | None = None,
+            epoch: int = 1,
+            copy_level: int | None = 1,
         ) -> Site:
             vault, machine = new_id(), new_id()
             make_identity(tmp_path / "identity", vault, machine)
             server = FakeServer(tmp_path / "identity", vault, machine)
             server.epoch = epoch
+            server.policy = msgspec.structs.replace(server.policy, copy_level=copy_level)
             await server.start()
             stack.push_async_callback(server.close)
             port = server.port if through is None else await through(server.port)
@@ -129,6 +135,17 @@ async def test_a_volume_is_copied_while_it_is_written_to(start: Start) -> None:
     assert not site.server.refusals
     assert site.metric("farshore_agent_connected") == 1
     assert site.metric("farshore_sent_bytes_total", stage="raw") == site.server.plain_bytes
+
+
+@pytest.mark.parametrize("copy_level", [None, 1])
+async def test_copies_come_in_the_form_that_the_server_asks_for(start: Start, copy_level: int | None) -> None:
+    site = await start(copy_level=copy_level)
+    await site.vaulted()
+    assert site.check_points() > 0
+    wanted = {m.COPY_ZSTD, m.COPY_DENSE} if copy_level else {m.COPY_DATA}
+    came = site.server.copied_kinds - {m.COPY_ZEROS}
+    assert came
+    assert came <= wanted
 
 
 async def test_an_unchanged_volume_is_only_compared(start: Start) -> None:
