@@ -31,12 +31,14 @@ class Disk:
 
     Attributes:
         fd: Open for reading and writing, locked.
+        direct_fd: The same past the page cache; -1 where the file system does not have that.
         size_bytes: As it was when opened.
         punches: It gives the space of zeros back, as far as is known.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self.fd = path, fd
+        self.direct_fd = _past_the_page_cache(fd)
         identity = read_disk_fd(fd)
         self.size_bytes, self.is_block = identity.size_bytes, identity.kind == BLOCK
         self.punches = self._zeroes = True
@@ -80,6 +82,8 @@ class Disk:
             raise
 
     def close(self) -> None:
+        if self.direct_fd >= 0:
+            os.close(self.direct_fd)
         os.close(self.fd)
 
     def identity(self) -> DiskIdentity:
@@ -172,6 +176,13 @@ class Disk:
         with contextlib.suppress(OSError):
             os.removexattr(self.fd, _WITNESS)
             os.fsync(self.fd)
+
+
+def _past_the_page_cache(fd: int) -> int:
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return -1
 
 
 def _same_file(fd: int, path: Path) -> bool:

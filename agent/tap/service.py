@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -77,6 +78,7 @@ class Tap:
         self._entries: dict[str, _Entry] = {}
         self._numbers: CutNumbers | None = None
         self._cutting = asyncio.Lock()
+        self._gate = threading.Lock()
         self._control: socket.socket | None = None
         self._controls: set[asyncio.Task[None]] = set()
         self._tick: asyncio.TimerHandle | None = None
@@ -144,7 +146,7 @@ class Tap:
                 connection.resume()
 
         entry.opened = opened
-        entry.volume = Volume(place, config, opened, self._clock, relieved)
+        entry.volume = Volume(place, config, opened, self._clock, self._gate, relieved)
         entry.problem = ""
         entry.listener = listener
         listener.setblocking(False)
@@ -219,9 +221,12 @@ class Tap:
 
     def _on_tick(self) -> None:
         self._tick = self._loop.call_later(TICK_S, self._on_tick)
+        now = time.monotonic()
         for entry in self._entries.values():
             if entry.volume is not None:
                 entry.volume.tick()
+            for connection in list(entry.connections):
+                connection.look_after(now)
 
     def _beat(self) -> None:
         """A thread of its own: heartbeats go on while the loop's thread is busy."""
@@ -242,21 +247,21 @@ class Tap:
         """Take a cut; returns when its MARKs are durable, or it is known that one will not be."""
         async with self._cutting:
             assert self._numbers is not None
-            # No await from here to the last MARK: this is the one look.
             served = [entry.volume for entry in self._entries.values() if entry.volume is not None]
             try:
                 seq = self._numbers.next()
             except OSError as error:
                 raise Conflict("no cut now", why=str(error)) from error
-            cut, marked = plan_cut(served, seq, self._clock.wall_ns(), tag)
             absent = tuple(
                 CutVolume(id_from_hex(entry.config.id), NO_INCARNATION, 0, fuzzy=True)
                 for entry in self._entries.values()
                 if entry.volume is None
             )
-            cut = Cut(cut.seq, cut.time_ns, cut.tag, cut.volumes + absent)
-            payload = encode_cut(cut)
-            waiting = [served[at].put_mark(payload) for at in marked]
+            with self._gate:  # nobody gets an LSN from here to the last MARK: this is the one look
+                cut, marked = plan_cut(served, seq, self._clock.wall_ns(), tag)
+                cut = Cut(cut.seq, cut.time_ns, cut.tag, cut.volumes + absent)
+                payload = encode_cut(cut)
+                waiting = [served[at].put_mark(payload) for at in marked]
             durable = [await future for future in waiting]
         return CutTaken(payload, bool(durable) and all(durable), len(durable))
 

@@ -1,7 +1,9 @@
 """One protected volume in the tap: where each request goes, and what happens when the journal gives way.
 
-Everything here runs in the thread of the event loop, which gives LSNs for all volumes, except where a method
-says otherwise. It never touches a file: that is what `agent.tap.lanes` is for.
+What the clients ask comes from their threads; everything else here runs in the thread of the event loop,
+except where a method says otherwise. LSNs, and the way a write takes, are given under one lock for all
+volumes, the gate: a cut holds it while it looks at them. Nobody touches a file under it, and the loop's
+thread touches none at all: that is what `agent.tap.lanes` is for.
 """
 
 import asyncio
@@ -80,9 +82,10 @@ class Volume:
         config: VolumeConfig,
         opened: Opened,
         clock: Clock,
+        gate: threading.Lock,
         relieved: Callable[[], None],
     ) -> None:
-        """``relieved`` is called in the loop's thread when there is room for more pending writes."""
+        """``gate`` is the machine's. ``relieved`` is called, in any thread, when there is room for writes."""
         self.config, self.id = config, id_from_hex(config.id)
         self.disk, self.size_bytes = opened.disk, opened.disk.size_bytes
         self.opened = opened
@@ -93,7 +96,7 @@ class Volume:
         self.vaulted_lsn = 0
         self._above_ordinal = 0
         self.pending = Pending()
-        self._place, self._clock, self._relieved = place, clock, relieved
+        self._place, self._clock, self._gate, self._relieved = place, clock, gate, relieved
         self._loop = asyncio.get_running_loop()
         self._log = get_logger(volume=config.name)
         self._page, self._mark_file, self.dirty = opened.page, opened.mark_file, opened.dirty
@@ -102,7 +105,7 @@ class Volume:
         self._incarnation = bytes(16)
         self._ticket = self._passed_ticket = 0
         self._bitmap_marked = opened.writer is None
-        self._marking = self._closed = False
+        self._marking = self._closed = self._refusing = False
         self._full_relief = False
         self._extra: set[int] = set()  # dirty regions that the map's file does not have
         self._extra_lock = threading.Lock()
@@ -169,34 +172,28 @@ class Volume:
             client.send(failed_reply(reply, codec.EIO))
             return
         now = self._clock.wall_ns()
-        if len(payload) > BATCH_PAYLOAD_BYTES_MAX:
-            # One long write, or many: a record per row and 4 MiB, the reply with the last.
-            rows = zip(offsets.tolist(), lengths.tolist(), strict=True)
-            pieces = [
-                (offset + at, min(BATCH_PAYLOAD_BYTES_MAX, length - at))
-                for offset, length in rows
-                for at in range(0, length, BATCH_PAYLOAD_BYTES_MAX)
-            ]
-            start = 0
-            for number, (offset, length) in enumerate(pieces, 1):
-                part = payload[start : start + length]
-                start += length
-                one, size = np.array([offset], np.int64), np.array([length], np.int64)
-                last = number == len(pieces)
-                self._submit(write_batch(now, one, size, part, client, reply if last and not fua else b""))
+        if len(payload) <= BATCH_PAYLOAD_BYTES_MAX:
+            batches = [write_batch(now, offsets, lengths, payload, client, b"" if fua else reply)]
         else:
-            self._submit(write_batch(now, offsets, lengths, payload, client, b"" if fua else reply))
-        if fua:
-            self.flush(client, reply)
+            # One long write, or many: a record per row and 4 MiB, the reply with the last.
+            batches, start = [], 0
+            for row_offset, row_length in zip(offsets.tolist(), lengths.tolist(), strict=True):
+                for at in range(0, row_length, BATCH_PAYLOAD_BYTES_MAX):
+                    length = min(BATCH_PAYLOAD_BYTES_MAX, row_length - at)
+                    one, size = np.array([row_offset + at], np.int64), np.array([length], np.int64)
+                    part = payload[start : start + length]
+                    start += length
+                    batches.append(write_batch(now, one, size, part, client, b""))
+            batches[-1].reply = b"" if fua else reply
+        self._submit(batches, client, reply if fua else b"")
 
     def zero(self, offset: int, length: int, client: Answering, reply: bytes, *, fua: bool = False) -> None:
         """Make a range zeros."""
         if self.disk_lane.failed:
             client.send(failed_reply(reply, codec.EIO))
             return
-        self._submit(zero_batch(self._clock.wall_ns(), offset, length, client, b"" if fua else reply))
-        if fua:
-            self.flush(client, reply)
+        batch = zero_batch(self._clock.wall_ns(), offset, length, client, b"" if fua else reply)
+        self._submit([batch], client, reply if fua else b"")
 
     def trim(self, offset: int, length: int, client: Answering, reply: bytes, *, fua: bool = False) -> None:
         """Make a range zeros where that gives space back; elsewhere nothing is done, and nothing logged."""
@@ -207,12 +204,7 @@ class Volume:
 
     def flush(self, client: Answering, reply: bytes) -> None:
         """Send ``reply`` when everything taken in so far is durable, in the journal and on the disk."""
-        error = failed_reply(reply, codec.EIO)
-        if self.disk_lane.failed:
-            client.send(error)
-            return
-        self._hurry()
-        self.disk_lane.flush(Barrier(self._ticket, client, reply, error))
+        self._submit([], client, reply)
 
     def read(self, client: Answering, cookie: int, offset: int, length: int, *, structured: bool) -> None:
         """Send what the range holds, pending writes included."""
@@ -226,7 +218,35 @@ class Volume:
         pending, disk = self.pending.snapshot(), self.disk
         self.disk_lane.read(lambda: answer_extents(disk, client, cookie, offset, length, pending, context))
 
-    def _submit(self, batch: Batch) -> None:
+    def _submit(self, batches: list[Batch], client: Answering, flush_reply: bytes) -> None:
+        """Take ``batches`` in, and append them if nobody else is appending, as long as that takes.
+
+        Args:
+            batches: Of one request, or none.
+            client: Who asks.
+            flush_reply: For ``client`` when these and all before them are durable everywhere; may be empty.
+        """
+        with self._gate:
+            if self._refusing:
+                return  # the client is about to lose its connection
+            lane = self._journal_lane if self._logging else None
+            for batch in batches:
+                self._take_in(batch)
+            ticket = self._ticket
+        if flush_reply:
+            error = failed_reply(flush_reply, codec.EIO)
+            if self.disk_lane.failed:
+                client.send(error)
+            else:
+                self.disk_lane.flush(Barrier(ticket, client, flush_reply, error))
+        if lane is not None:
+            if batches:
+                lane.append(batches[-1])
+            if flush_reply:
+                lane.hurry()
+
+    def _take_in(self, batch: Batch) -> None:
+        """Under the gate: give a batch its place in the order of all, and its LSNs."""
         self._ticket += 1
         batch.ticket = self._ticket
         self.pending.add(batch)
@@ -239,16 +259,13 @@ class Volume:
             self._pass([batch])
 
     def _pass(self, batches: list[Batch]) -> None:
+        """Under the gate: past the journal."""
         for batch in batches:
             batch.passed = batch.durable = True
             batch.first_lsn = 0
         if batches:
             self._passed_ticket = batches[-1].ticket
             self.disk_lane.put(batches)
-
-    def _hurry(self) -> None:
-        if self._journal_lane is not None and self._logging:
-            self._journal_lane.hurry()
 
     # -- cuts --------------------------------------------------------------------------------------------
 
@@ -273,13 +290,15 @@ class Volume:
         return self._logging
 
     def put_mark(self, payload: bytes) -> "asyncio.Future[bool]":
-        """Log a MARK; the future tells whether it became durable."""
-        assert self._journal_lane is not None
-        self._submit(mark_batch(self._clock.wall_ns(), payload))
+        """Under the gate: log a MARK; the future tells whether it became durable."""
+        lane = self._journal_lane
+        assert lane is not None
+        self._take_in(mark_batch(self._clock.wall_ns(), payload))
         self.cut_lsn = self.lsn
         waiter: asyncio.Future[bool] = self._loop.create_future()
-        self._durable_waiters.append((self.lsn, self._journal_lane, waiter))
-        self._hurry()
+        self._durable_waiters.append((self.lsn, lane, waiter))
+        lane.append_soon()
+        lane.hurry()
         return waiter
 
     # -- counters ----------------------------------------------------------------------------------------
@@ -389,7 +408,8 @@ class Volume:
                 "journal_in_trouble", why=self.ladder.why or str(event), mode=self.ladder.mode.value
             )
         if Action.HOLD in actions:
-            self._logging, self._holding = False, True
+            with self._gate:
+                self._logging, self._holding = False, True
         if Action.ABANDON in actions and self._journal_lane is not None:
             self._journal_lane.abandon()
             self._old_journal_lane, self._journal_lane = self._journal_lane, None
@@ -418,10 +438,6 @@ class Volume:
 
     def _use(self, writer: JournalWriter) -> None:
         """Log into a new incarnation from here on."""
-        self._writer, self._incarnation = writer, writer.incarnation.id
-        self.lsn = writer.next_lsn - 1
-        self._captured_lsn = self._durable_lsn = self.lsn
-        self.cut_lsn = self.lsn - 1  # what the last incarnation had after its last cut is in no cut yet
         lane: JournalLane
 
         def stopped(event: rungs.Event) -> None:
@@ -440,8 +456,13 @@ class Volume:
             durable=durable,
             stopped=stopped,
         )
-        self._journal_lane = lane
-        self._logging, self._holding = True, False
+        with self._gate:
+            self._writer, self._incarnation = writer, writer.incarnation.id
+            self.lsn = writer.next_lsn - 1
+            self._captured_lsn = self._durable_lsn = self.lsn
+            self.cut_lsn = self.lsn - 1  # what the last incarnation had after its last cut is in no cut yet
+            self._journal_lane = lane
+            self._logging, self._holding = True, False
 
     def _lane_stopped(self, lane: JournalLane, event: rungs.Event) -> None:
         if lane is self._journal_lane:
@@ -529,12 +550,13 @@ class Volume:
             self._pass_held()
 
     def _pass_held(self) -> None:
-        self._holding = False
         if self._journal_lane is not None:
             self._journal_lane.close()
             self._old_journal_lane, self._journal_lane = self._journal_lane, None
         failpoint("tap.pass.first")
-        self._pass([batch for batch in self.pending.snapshot() if not batch.durable])
+        with self._gate:
+            self._holding = False
+            self._pass([batch for batch in self.pending.snapshot() if not batch.durable])
 
     async def _climb(self) -> None:
         """Open a new incarnation above everything that was ever given out."""
@@ -690,14 +712,14 @@ class Volume:
     def _on_applied(self) -> None:
         if self._full_relief and self.pending.held_bytes <= PENDING_BYTES_LOW:
             self._full_relief = False
-            self._loop.call_soon_threadsafe(self._relieved)
+            self._relieved()
 
     def want_relief(self) -> None:
-        """Call ``relieved`` when there is room again."""
+        """Call ``relieved`` when there is room again. Any thread."""
         self._full_relief = True
         if self.pending.held_bytes <= PENDING_BYTES_LOW:  # it was made before anybody could be told
             self._full_relief = False
-            self._loop.call_soon(self._relieved)
+            self._relieved()
 
     def _on_flushed(self) -> None:
         if not self._marking and not self._closed:
@@ -836,11 +858,13 @@ class Volume:
         self.publish()
 
     async def stop(self, *, timeout_s: float = 60.0) -> bool:
-        """Stop in order; no client may be asking any more. Returns whether the stop is clean.
+        """Stop in order; what the clients still ask is not answered. Returns whether the stop is clean.
 
         Everything taken in is applied and durable, the journal sealed, the mark written last of all with the
         disk's identity as it then is.
         """
+        with self._gate:
+            self._refusing = True
         clean = False
         try:
             async with asyncio.timeout(timeout_s):
@@ -858,8 +882,9 @@ class Volume:
 
     async def _stop(self) -> bool:
         await _until(lambda: self.ladder.mode not in (Mode.LEAVING, Mode.CLIMBING))
-        lane, self._journal_lane = self._journal_lane, None
-        logging, self._logging = self._logging, False
+        with self._gate:
+            lane, self._journal_lane = self._journal_lane, None
+            logging, self._logging = self._logging, False
         if lane is not None:
             lane.close()
             ending = lane

@@ -251,6 +251,36 @@ def test_who_prefers_to_wait_waits(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("strace")
+def test_a_client_is_served_on_while_the_journal_keeps_its_write(tmp_path: Path) -> None:
+    """The thread that serves a connection is the one that appends: it is left to the hung journal."""
+    hang_s = 3.0
+    with made(tmp_path, journal_stall_max_s=10.0) as (host, config):
+        host.start(*strace(host, "-e", f"inject=pwritev,pwritev2:delay_enter={hang_s * 1e6:.0f}:when=20"))
+
+        async def run() -> tuple[float, float]:
+            slowest_read = slowest_write = 0.0
+            async with connect(host.socket(), "disk") as client:
+                for n in range(30):
+                    begun = time.monotonic()
+                    writing = asyncio.ensure_future(client.write(4 * KIB * n, bytes([n]) * 4 * KIB))
+                    await asyncio.sleep(0)
+                    # Behind the write on the same connection, and to see it.
+                    assert await client.read(4 * KIB * n, 4 * KIB) == bytes([n]) * 4 * KIB
+                    slowest_read = max(slowest_read, time.monotonic() - begun)
+                    await writing
+                    slowest_write = max(slowest_write, time.monotonic() - begun)
+                await client.flush()
+            return slowest_read, slowest_write
+
+        slowest_read, slowest_write = asyncio.run(run())
+        assert slowest_write > hang_s - 0.5
+        assert slowest_read < hang_s / 2
+        assert host.status().mode == "data"
+        assert host.stop() == 0
+        assert config_bytes(config)[: 120 * KIB] == b"".join(bytes([n]) * 4 * KIB for n in range(30))
+
+
+@pytest.mark.needs("strace")
 def test_a_slow_flush_holds_up_no_write(tmp_path: Path) -> None:
     with made(tmp_path) as (host, config):
         slow = ["strace", "-f", "-qq", "-o", "/dev/null", "-P", config.disk]

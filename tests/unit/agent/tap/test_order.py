@@ -175,11 +175,11 @@ def watch(monkeypatch: pytest.MonkeyPatch, watched: Watched) -> None:
             release(directory, path, keep=keep)
 
     def noted_to_disk(
-        self: VectoredWriter, fd: int, offsets: Ints, lengths: Ints, addresses: Ints, *rest: Any
+        self: VectoredWriter, fd: int, offsets: Ints, lengths: Ints, addresses: Ints, *rest: Any, **named: Any
     ) -> None:
         with watched.lock:
             watched.to_disk(offsets.tolist(), lengths.tolist())
-            to_disk(self, fd, offsets, lengths, addresses, *rest)
+            to_disk(self, fd, offsets, lengths, addresses, *rest, **named)
 
     def noted_told(self: StatePageWriter, **counters: Any) -> None:
         with watched.lock:
@@ -212,7 +212,7 @@ async def served(
     watched = Watched(place.folder, Path(config.disk))
     watch(monkeypatch, watched)
     opened = await asyncio.to_thread(open_volume, place, config, None, SystemClock())
-    volume = Volume(place, config, opened, SystemClock(), lambda: None)
+    volume = Volume(place, config, opened, SystemClock(), threading.Lock(), lambda: None)
 
     async def look_after() -> None:
         while True:

@@ -4,18 +4,29 @@ import errno
 import os
 import resource
 import signal
+import tempfile
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.tap.vectored import ROWS_MAX, Ints, VectoredWriter, address_of, coalesce
+from agent.tap.vectored import ROWS_MAX, Ints, VectoredWriter, address_of, aligned, coalesce
+from farshore.units import KIB, MIB
 
 Bytes = npt.NDArray[np.uint8]
 rows = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 8), st.integers(0, 40)), max_size=40)
+
+
+@pytest.fixture(scope="module")
+def disk_folder() -> Iterator[Path]:
+    """On a file system that has O_DIRECT; /tmp may be a tmpfs."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)
 
 
 def as_arrays(content: Bytes, table: list[tuple[int, int, int]]) -> tuple[Ints, Ints, Ints]:
@@ -42,6 +53,110 @@ def test_rows_are_written_in_order_where_they_overlap(
         writer.close()
         os.close(fd)
     assert path.read_bytes()[:48] == bytes(model)
+
+
+long_rows = st.lists(
+    st.tuples(st.integers(0, 8), st.sampled_from([1, 8, 16, 16, 24]), st.integers(0, 255)),
+    min_size=2,
+    max_size=12,
+)
+
+
+@settings(max_examples=50)
+@given(table=long_rows)
+def test_long_rows_past_the_page_cache_land_in_order_with_the_others(
+    disk_folder: Path, table: list[tuple[int, int, int]]
+) -> None:
+    """Rows of 32 KiB to 96 KiB at multiples of 32 KiB; some short and unaligned ones go between them."""
+    unit = 8 * KIB
+    path = disk_folder / "disk"
+    path.write_bytes(bytes(48 * unit))
+    model = bytearray(48 * unit)
+    held, offsets, lengths = [], [], []
+    for at, units, fill in table:
+        length = units * unit if units > 1 else 1536
+        memory = aligned(length)
+        memory[:] = fill
+        offset = at * 2 * unit if units > 1 else at * 2 * unit + 512
+        model[offset : offset + length] = bytes([fill]) * length
+        held.append(memory)
+        offsets.append(offset)
+        lengths.append(length)
+    arrays = np.array(offsets, np.int64), np.array(lengths, np.int64)
+    addresses = np.array([address_of(memory) for memory in held], np.int64)
+    fd, direct_fd = os.open(path, os.O_RDWR), os.open(path, os.O_RDWR | os.O_DIRECT)
+    writer = VectoredWriter()
+    calls = 0
+
+    def between() -> None:
+        nonlocal calls
+        calls += 1
+
+    try:
+        writer.write(fd, *arrays, addresses, between, direct_fd=direct_fd)
+    finally:
+        writer.close()
+        os.close(fd)
+        os.close(direct_fd)
+    assert path.read_bytes() == bytes(model)
+    assert not writer.direct_refused
+    assert calls >= 2
+
+
+def test_rows_that_overlap_are_never_under_way_together(
+    disk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[list[tuple[int, int]]] = []
+    submit = VectoredWriter._submit
+
+    def noted(
+        self: VectoredWriter, fd: int, offsets: Ints, lengths: Ints, addresses: Ints, direct_fd: int
+    ) -> None:
+        assert direct_fd >= 0
+        groups.append(list(zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)))
+        submit(self, fd, offsets, lengths, addresses, direct_fd)
+
+    monkeypatch.setattr(VectoredWriter, "_submit", noted)
+    path = disk_folder / "disk"
+    path.write_bytes(bytes(MIB))
+    memory = aligned(128 * KIB)
+    offsets = np.array([0, 64, 128, 512, 640, 0], np.int64) * KIB
+    lengths = np.full(len(offsets), 128 * KIB, np.int64)
+    addresses = np.full(len(offsets), address_of(memory), np.int64)
+    fd, direct_fd = os.open(path, os.O_RDWR), os.open(path, os.O_RDWR | os.O_DIRECT)
+    writer = VectoredWriter()
+    try:
+        writer.write(fd, offsets, lengths, addresses, direct_fd=direct_fd)
+    finally:
+        writer.close()
+        os.close(fd)
+        os.close(direct_fd)
+    assert sum(map(len, groups)) == len(offsets)
+    for group in groups:
+        for (_, end), (start, _) in pairwise(sorted(group)):
+            assert end <= start
+
+
+def test_a_file_that_does_not_take_direct_writes_gets_them_through_the_page_cache(disk_folder: Path) -> None:
+    path = disk_folder / "disk"
+    path.write_bytes(bytes(MIB))
+    memory = aligned(256 * KIB)
+    memory[:] = 7
+    fd = os.open(path, os.O_RDWR)
+    wrong_fd = os.open(path, os.O_RDONLY | os.O_DIRECT)  # refuses each write
+    writer = VectoredWriter()
+    rows = np.array([0, 512 * KIB], np.int64), np.full(2, 256 * KIB, np.int64)
+    addresses = np.full(2, address_of(memory), np.int64)
+    try:
+        writer.write(fd, *rows, addresses, direct_fd=wrong_fd)
+        assert writer.direct_refused
+        writer.write(fd, *rows, addresses, direct_fd=wrong_fd)
+    finally:
+        writer.close()
+        os.close(fd)
+        os.close(wrong_fd)
+    half = b"\x07" * (256 * KIB) + bytes(256 * KIB)
+    assert path.read_bytes() == half + half
 
 
 @given(rows.filter(bool))
