@@ -138,8 +138,7 @@ class Service:
         """
         for config in other_volumes(self._directory):
             self._volumes[config.name] = Protected(config)
-        if self._volumes:
-            self._keeper.want()
+        self._keeper.want()  # also with no volume yet: the first one is served without waiting for it
         await self._admin.start()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -352,6 +351,7 @@ class Service:
             await asyncio.to_thread(volumes.check_protect, self._directory, config, others)
             await asyncio.to_thread(volumes.save_volume, self._directory, config)
             failpoint("agent.after_volume_saved")
+            await self._replicator.expect_copying()
             volume = self._volumes[config.name] = Protected(config)
         try:
             # An up-coming tap serves it by itself, together with the others.

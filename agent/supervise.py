@@ -118,8 +118,20 @@ class TapKeeper:
                     await self._process.wait()
                 await _ended(pid)
         except (FarshoreError, TimeoutError) as error:
-            if self.pid is not None and _alive(self.pid):
+            if self._process is not None and self._process.returncode is None and self.pid is None:
+                await self._call_off(self._process)
+            elif self.pid is not None and _alive(self.pid):
                 log.error("tap_not_stopped", error=str(error) or f"not within {STOP_S:g} s")
+
+    async def _call_off(self, process: asyncio.subprocess.Process) -> None:
+        """Have a tap end that has been started and does not answer yet: nobody else would ever stop it."""
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(STOP_S):
+                await process.wait()
+        except TimeoutError:
+            log.error("tap_not_stopped", error=f"not within {STOP_S:g} s of being started")
 
     async def _answers(self) -> bool:
         try:

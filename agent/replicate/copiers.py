@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -23,6 +24,7 @@ WORKS_AHEAD: Final = 3
 """Given to one copier and not done: one read, one asked about, one waiting."""
 TOKENS_PER_COPIER: Final = 1 << 40
 STOP_S: Final = 5.0
+EXPECT_S: Final = 5.0
 
 log = get_logger()
 
@@ -54,7 +56,7 @@ class Running:
 
 
 class CopierPool:
-    """Up to ``count`` copiers of one session, started when there is work and ended when there is none.
+    """Up to ``count`` copiers of one session, started when there is work, or about to be, and ended without.
 
     Attributes:
         pids: Process ids, for the memory report.
@@ -73,6 +75,7 @@ class CopierPool:
         self._numbers = numbers
         self._idle_s = idle_s
         self._wake = asyncio.Condition()
+        self._expected_until = 0.0
         self._running: dict[int, Running] = {}
         self._launched = 0
 
@@ -86,6 +89,11 @@ class CopierPool:
             for place in range(self._count):
                 tasks.create_task(self._place(place), name=f"copier-{place}")
 
+    async def expect_work(self) -> None:
+        """There will be work in a moment: starting a process takes as long as what comes before it."""
+        self._expected_until = time.monotonic() + EXPECT_S
+        await self.work_arrived()
+
     async def work_arrived(self) -> None:
         """`next_work` may have something now."""
         async with self._wake:
@@ -94,9 +102,9 @@ class CopierPool:
     async def _place(self, place: int) -> None:
         backoff = Backoff(random.Random())
         while True:
-            # The first work is what starts a process: no work, no process.
+            # The first work is what starts a process: no work, no process, unless it is on its way.
             first = self._source.next_work(next(self._numbers))
-            if first is None:
+            if first is None and time.monotonic() >= self._expected_until:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0), self._wake:
                         await self._wake.wait()
@@ -107,14 +115,14 @@ class CopierPool:
                 log.warning("copier_ended", reason=reason, error=text, pause_s=round(pause_s, 2))
                 await asyncio.sleep(pause_s)
 
-    async def _serve(self, place: int, first: ipc.Work, backoff: Backoff) -> tuple[str, str]:
+    async def _serve(self, place: int, first: ipc.Work | None, backoff: Backoff) -> tuple[str, str]:
         """Run one copier until it is idle for long or dies; return why, empty for idle."""
         self._launched += 1
         setup = self._make_setup(self._launched * TOKENS_PER_COPIER)
         ours, theirs = socket.socketpair()
         reason, text = "internal", "it was stopped"
         running: Running | None = None
-        works = {first.number}
+        works = {first.number} if first is not None else set()
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
@@ -130,7 +138,7 @@ class CopierPool:
             ours.setblocking(False)
             reader, writer = await asyncio.open_unix_connection(sock=ours, limit=256 * KIB)
             running = self._running[place] = Running(process, writer, works)
-            writer.write(ipc.encode(setup) + ipc.encode(first))
+            writer.write(ipc.encode(setup) + (ipc.encode(first) if first is not None else b""))
             await writer.drain()
             reason, text = await self._converse(running, reader, backoff)
         except (OSError, asyncio.IncompleteReadError) as error:

@@ -98,6 +98,11 @@ class Replicator:
         """End a pause. Raises NotFound."""
         self.named(name).paused = False
 
+    async def expect_copying(self) -> None:
+        """A volume is about to be protected: have the copiers start meanwhile."""
+        if self._session is not None:
+            await self._session.pool.expect_work()
+
     async def resync(self, name: str) -> None:
         """Compare the whole volume with the vault again. Raises NotFound, Unreachable."""
         replica = self.named(name)

@@ -197,6 +197,16 @@ def test_a_killed_tap_comes_back_and_nothing_is_compared(site: Site, both: bool)
     assert not _events(site, "continuity_lost")
 
 
+def test_an_agent_that_is_stopped_at_once_leaves_no_tap(site: Site) -> None:
+    """The tap is started with the agent; told to stop, the agent may not have heard of it yet."""
+    for count in (1, 2, 3):
+        agent = site.start_agent("db1")
+        wait_for(lambda n=count: len(_events(site, "tap_started")) == n, 10, "a tap is started")  # type: ignore[misc]
+        assert agent.stop() == 0
+        assert not Path(f"/proc/{_events(site, 'tap_started')[-1]['pid']}").exists()
+    assert not _events(site, "tap_not_stopped")
+
+
 def test_a_tap_of_the_service_manager_is_neither_started_nor_stopped(site: Site) -> None:
     folder = site.agent_dir("db1")
     site.cli("volume", "protect", "data", "--agent", folder, "--disk", _disk(site), "--capture", "tap-nbd")
