@@ -17,10 +17,10 @@ from typing import Final
 import numpy as np
 
 from agent.tap.batch import Bytes
+from agent.tap.frontend import Frontend
 from agent.tap.outbox import Outbox
 from agent.tap.parse import RUN_MIN, write_run
 from agent.tap.vectored import aligned
-from agent.tap.volume import Volume
 from farshore.nbd import codec, handshake
 from farshore.nbd.codec import NbdError
 from farshore.telemetry import get_logger
@@ -65,9 +65,9 @@ class _Superseded(Exception):
     """Another thread serves the client meanwhile."""
 
 
-def describe(volume: Volume) -> handshake.ExportInfo:
+def describe(frontend: Frontend) -> handshake.ExportInfo:
     """What clients are told of a volume."""
-    return handshake.ExportInfo(volume.size_bytes, _FLAGS, SECTOR_BYTES, 4 * KIB, codec.DATA_BYTES_MAX)
+    return handshake.ExportInfo(frontend.size_bytes, _FLAGS, SECTOR_BYTES, 4 * KIB, codec.DATA_BYTES_MAX)
 
 
 class Connection:
@@ -76,7 +76,7 @@ class Connection:
     def __init__(
         self,
         peer: socket.socket,
-        find: Callable[[str], Volume | None],
+        find: Callable[[str], Frontend | None],
         names: Callable[[], list[str]],
         closed: Callable[["Connection"], None],
     ) -> None:
@@ -84,7 +84,7 @@ class Connection:
         self._peer, self._closed = peer, closed
         self._loop = asyncio.get_running_loop()
         self._log = get_logger(component="nbd")
-        self.volume: Volume | None = None
+        self._frontend: Frontend | None = None
         self._find = find
         self._structured = self._allocation = False
         self._buffer = bytearray(RECEIVE_BYTES)
@@ -156,7 +156,7 @@ class Connection:
     def _serve(self) -> None:
         """Serve the client until it goes, or the journal keeps us."""
         try:
-            if self.volume is None:
+            if self._frontend is None:
                 self._shake_hands()
             while True:
                 self._parse()
@@ -182,7 +182,7 @@ class Connection:
             self._loop.call_soon_threadsafe(call)
 
     def _timed_out(self) -> None:
-        if self.volume is None:
+        if self._frontend is None:
             self.close()
 
     def _send_later(self) -> None:
@@ -238,14 +238,14 @@ class Connection:
                 self.send(out)
             if machine.closed:
                 raise _Gone
-        volume = self._find(machine.agreed.name)
-        if volume is None:  # taken away between two packets
+        frontend = self._find(machine.agreed.name)
+        if frontend is None:  # taken away between two packets
             raise _Gone
         self._structured, self._allocation = machine.agreed.structured, machine.agreed.allocation
         unread = machine.unread()
         self._view[: len(unread)] = unread
         self._end = len(unread)
-        self.volume = volume
+        self._frontend = frontend
 
     def _receive(self) -> None:
         """Receive more, after what is there and could not be used yet."""
@@ -303,10 +303,10 @@ class Connection:
     # -- requests ------------------------------------------------------------------------------------------
 
     def _must_wait(self) -> bool:
-        volume = self.volume
+        frontend = self._frontend
         return self._outbox.bytes > SEND_BYTES_MAX or (
-            volume is not None
-            and (volume.full or self._reads >= READS_MAX or self._read_bytes > READS_BYTES_MAX // 2)
+            frontend is not None
+            and (frontend.full or self._reads >= READS_MAX or self._read_bytes > READS_BYTES_MAX // 2)
         )
 
     def _wait_for_room(self) -> None:
@@ -316,15 +316,15 @@ class Connection:
             if not self._goodbye:
                 if not self._must_wait():
                     return
-                volume = self.volume
-                if volume is not None and volume.full:
-                    volume.want_relief()
+                frontend = self._frontend
+                if frontend is not None and frontend.full:
+                    frontend.want_relief()
             self._room.wait()
         raise _Gone
 
     def _parse(self) -> None:
-        volume = self.volume
-        assert volume is not None
+        frontend = self._frontend
+        assert frontend is not None
         single: list[codec.Request] = []
         starts: list[int] = []
         while self._end - self._start >= codec.REQUEST.size:
@@ -332,12 +332,12 @@ class Connection:
                 self._write_together(single, starts)
                 self._wait_for_room()
             if not single and self._end - self._start > RUN_MIN * (codec.REQUEST.size + SECTOR_BYTES):
-                run = write_run(self._buffer, self._start, self._end, volume.size_bytes, SECTOR_BYTES)
+                run = write_run(self._buffer, self._start, self._end, frontend.size_bytes, SECTOR_BYTES)
                 if run is not None:
                     self._start = run.end
                     lengths = np.full(len(run.offsets), run.length, np.int64)
                     self._enter()
-                    volume.write(run.offsets, lengths, run.payload, self, run.reply)
+                    frontend.write(run.offsets, lengths, run.payload, self, run.reply)
                     self._leave()
                     continue
             request = codec.decode_request(self._buffer, self._start)
@@ -378,8 +378,8 @@ class Connection:
 
     def _write_together(self, single: list[codec.Request], starts: list[int]) -> None:
         """Hand on the small writes gathered so far, as one batch."""
-        volume = self.volume
-        if not single or volume is None:
+        frontend = self._frontend
+        if not single or frontend is None:
             return
         lengths = np.array([request.length for request in single], np.int64)
         payload = np.empty(int(lengths.sum()), np.uint8)
@@ -392,22 +392,22 @@ class Connection:
         single.clear()
         starts.clear()
         self._enter()
-        volume.write(offsets, lengths, payload, self, reply)
+        frontend.write(offsets, lengths, payload, self, reply)
         self._leave()
 
     def _write_one(self, request: codec.Request, payload: Bytes) -> None:
-        volume = self.volume
-        assert volume is not None
+        frontend = self._frontend
+        assert frontend is not None
         offsets, lengths = np.array([request.offset], np.int64), np.array([request.length], np.int64)
         fua = bool(request.flags & codec.FUA)
         self._enter()
-        volume.write(offsets, lengths, payload, self, codec.simple_reply(request.cookie), fua=fua)
+        frontend.write(offsets, lengths, payload, self, codec.simple_reply(request.cookie), fua=fua)
         self._leave()
 
     def _check(self, request: codec.Request) -> bool:
         """Whether a request makes sense; answers it when it does not."""
-        volume = self.volume
-        assert volume is not None
+        frontend = self._frontend
+        assert frontend is not None
         error = 0
         if request.type not in _ALLOWED or request.flags & ~_ALLOWED[request.type]:
             error = codec.EINVAL
@@ -416,7 +416,7 @@ class Connection:
         elif request.type == codec.BLOCK_STATUS and not self._allocation:
             error = codec.EINVAL
         else:
-            error = codec.range_error(request, volume.size_bytes, SECTOR_BYTES)
+            error = codec.range_error(request, frontend.size_bytes, SECTOR_BYTES)
         if not error:
             return True
         if self._structured and request.type in (codec.READ, codec.BLOCK_STATUS):
@@ -426,8 +426,8 @@ class Connection:
         return False
 
     def _other(self, request: codec.Request) -> None:
-        volume = self.volume
-        assert volume is not None
+        frontend = self._frontend
+        assert frontend is not None
         if request.type == codec.DISC:
             # Everything it sent before was taken in; what is under way finishes without it.
             raise _Gone
@@ -436,23 +436,25 @@ class Connection:
         reply = codec.simple_reply(request.cookie)
         match request.type:
             case codec.READ:
-                self._read(volume, request)
+                self._read(frontend, request)
             case codec.FLUSH:
-                volume.flush(self, reply)
+                frontend.flush(self, reply)
             case codec.BLOCK_STATUS:
-                volume.extents(self, request.cookie, request.offset, request.length, handshake.ALLOCATION_ID)
+                frontend.extents(
+                    self, request.cookie, request.offset, request.length, handshake.ALLOCATION_ID
+                )
             case codec.TRIM | codec.WRITE_ZEROES:
-                make = volume.trim if request.type == codec.TRIM else volume.zero
+                make = frontend.trim if request.type == codec.TRIM else frontend.zero
                 self._enter()
                 make(request.offset, request.length, self, reply, fua=bool(request.flags & codec.FUA))
                 self._leave()
 
-    def _read(self, volume: Volume, request: codec.Request) -> None:
+    def _read(self, frontend: Frontend, request: codec.Request) -> None:
         with self._lock:
             self._reads += 1
             self._read_bytes += request.length
         answer = _ReadAnswer(self, request.length)
-        volume.read(answer, request.cookie, request.offset, request.length, structured=self._structured)
+        frontend.read(answer, request.cookie, request.offset, request.length, structured=self._structured)
 
 
 class _ReadAnswer:

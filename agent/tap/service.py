@@ -213,7 +213,7 @@ class Tap:
         # A name left out means the only export there is: what `nbd://` URLs without a path ask for.
         connection = Connection(
             peer,
-            lambda asked: entry.volume if asked in (name, "") else None,
+            lambda asked: entry.volume.frontend if entry.volume and asked in (name, "") else None,
             lambda: [name],
             entry.connections.discard,
         )
@@ -367,7 +367,7 @@ class Tap:
             stable_lsn=volume.stable_lsn if volume else 0,
             vaulted_lsn=volume.vaulted_lsn if volume else 0,
             backlog_bytes=volume.backlog_bytes if volume else 0,
-            held_bytes=volume.pending.held_bytes if volume else 0,
+            held_bytes=volume.frontend.pending.held_bytes if volume else 0,
             dirty_regions=volume.dirty_count if volume else 0,
             dirty_epoch=volume.epoch if volume else 0,
             region_bytes=volume.dirty.region_bytes if volume else 0,

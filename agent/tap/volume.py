@@ -1,9 +1,7 @@
-"""One protected volume in the tap: where each request goes, and what happens when the journal gives way.
+"""One protected volume in the tap: what happens when the journal gives way, and what the agent asks.
 
-What the clients ask comes from their threads; everything else here runs in the thread of the event loop,
-except where a method says otherwise. LSNs, and the way a write takes, are given under one lock for all
-volumes, the gate: a cut holds it while it looks at them. Nobody touches a file under it, and the loop's
-thread touches none at all: that is what `agent.tap.lanes` is for.
+Everything here runs in the thread of the event loop, except where a method says otherwise. It never touches a
+file: that is what the lanes and workers are for. What the clients ask goes to `agent.tap.frontend`.
 """
 
 import asyncio
@@ -12,37 +10,31 @@ import contextlib
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Final, TypeVar
-
-import numpy as np
 
 from agent.journal import mark as marks
 from agent.journal import state as states
-from agent.journal.dirty import DirtyMap
 from agent.journal.errors import JournalFailed, JournalFull
 from agent.journal.mark import Mark, MarkFile
 from agent.journal.recovery import Recovered, recover
 from agent.journal.writer import JournalWriter
 from agent.tap import ladder as rungs
-from agent.tap.batch import Answering, Batch, Bytes, Pending, mark_batch, write_batch, zero_batch
+from agent.tap.batch import Batch, Pending
+from agent.tap.dirty_book import DirtyBook
+from agent.tap.disk_lane import Barrier, DiskLane
+from agent.tap.frontend import Frontend
+from agent.tap.journal_lane import JournalLane
 from agent.tap.ladder import Action, Ladder, Mode
-from agent.tap.lanes import Barrier, DiskLane, JournalLane, Worker, answer_extents, answer_read, failed_reply
 from agent.tap.opening import Opened, Place, open_writer
-from agent.tap.vectored import Ints
+from agent.tap.worker import Worker
 from agent.volumes import VolumeConfig
 from farshore.clock import Clock
 from farshore.errors import Conflict, FarshoreError
 from farshore.failpoints import failpoint
-from farshore.hrl.batch import BATCH_PAYLOAD_BYTES_MAX
 from farshore.ids import id_from_hex
-from farshore.nbd import codec
 from farshore.telemetry import get_logger
 from farshore.units import MIB
 
-PENDING_BYTES_MAX: Final = 64 * MIB
-"""Writes that the disk does not have yet; reading from the clients stops above it."""
-PENDING_BYTES_LOW: Final = 48 * MIB
 STABLE_BYTES: Final = 64 * MIB
 STABLE_S: Final = 5.0
 ROOM_SHARE: Final = 0.75
@@ -70,8 +62,7 @@ class Volume:
     """A volume that is being served. Made by `agent.tap.service` out of what `open_volume` returns.
 
     Attributes:
-        lsn: Highest LSN given.
-        cut_lsn: LSN at the last cut.
+        frontend: What its clients talk to, with the LSNs.
         ladder: In which mode it captures.
         resync: Why it needs a full compare; empty when it does not.
     """
@@ -90,25 +81,20 @@ class Volume:
         self.disk, self.size_bytes = opened.disk, opened.disk.size_bytes
         self.opened = opened
         self.resync = opened.resync
-        self.lsn = self.cut_lsn = opened.last_lsn
         self.epoch = opened.epoch
         self.stable_lsn = opened.last_lsn
         self.vaulted_lsn = 0
         self._above_ordinal = 0
-        self.pending = Pending()
-        self._place, self._clock, self._gate, self._relieved = place, clock, gate, relieved
+        self._place, self._clock = place, clock
         self._loop = asyncio.get_running_loop()
         self._log = get_logger(volume=config.name)
-        self._page, self._mark_file, self.dirty = opened.page, opened.mark_file, opened.dirty
+        self._page, self._mark_file = opened.page, opened.mark_file
+        self.dirty = DirtyBook(place.folder, opened.dirty, self.size_bytes)
         self._boot_id = opened.boot.id
         self._captured_lsn = self._durable_lsn = opened.last_lsn
         self._incarnation = bytes(16)
-        self._ticket = self._passed_ticket = 0
         self._bitmap_marked = opened.writer is None
-        self._marking = self._closed = self._refusing = False
-        self._full_relief = False
-        self._extra: set[int] = set()  # dirty regions that the map's file does not have
-        self._extra_lock = threading.Lock()
+        self._marking = self._closed = False
         self._stable_at, self._stable_bytes = time.monotonic(), 0
         self._next_climb = 0.0
         self._tasks: set[asyncio.Future[None]] = set()
@@ -116,22 +102,22 @@ class Volume:
         self._durable_waiters: list[tuple[int, JournalLane, asyncio.Future[bool]]] = []
         self.side = Worker(f"{config.name}-side")
         self._writer: JournalWriter | None = opened.writer
-        self._journal_lane: JournalLane | None = None
-        self._old_journal_lane: JournalLane | None = None
+        self._old_lane: JournalLane | None = None
         self.ladder = Ladder(wait=config.on_journal_lost == "wait")
-        self._logging = self._holding = False
+        pending = Pending()
         self.disk_lane = DiskLane(
             opened.disk,
-            self.pending,
+            pending,
             config.name,
             applied_lsn=opened.last_lsn,
             before=self.publish,
-            applied=self._on_applied,
+            applied=lambda: self.frontend.applied(),
             flushed=self._on_flushed,
             passing=self._mark_dirty,
             passed_durable=self._sync_dirty,
             changed=self._on_disk_changed,
         )
+        self.frontend = Frontend(gate, opened.disk, self.disk_lane, pending, clock, opened.last_lsn, relieved)
         if opened.writer is not None:
             self._use(opened.writer)
         else:
@@ -140,7 +126,7 @@ class Volume:
             self._log.error("volume_below_data_mode", why=opened.why)
         self.publish()
 
-    # -- what the clients ask ----------------------------------------------------------------------------
+    # -- how it is -----------------------------------------------------------------------------------------
 
     @property
     def mode(self) -> str:
@@ -148,124 +134,9 @@ class Volume:
         return "data" if self.ladder.mode is Mode.DATA else "bitmap"
 
     @property
-    def full(self) -> bool:
-        """No more writes can be taken in before some are on the disk."""
-        return self.pending.held_bytes >= PENDING_BYTES_MAX
-
-    @property
     def failed(self) -> bool:
         """The disk refuses writes."""
         return bool(self.disk_lane.failed)
-
-    def write(
-        self,
-        offsets: Ints,
-        lengths: Ints,
-        payload: Bytes,
-        client: Answering,
-        reply: bytes,
-        *,
-        fua: bool = False,
-    ) -> None:
-        """Take writes in; ``payload`` is ours from here on. ``reply`` is sent when they are captured."""
-        if self.disk_lane.failed:
-            client.send(failed_reply(reply, codec.EIO))
-            return
-        now = self._clock.wall_ns()
-        if len(payload) <= BATCH_PAYLOAD_BYTES_MAX:
-            batches = [write_batch(now, offsets, lengths, payload, client, b"" if fua else reply)]
-        else:
-            # One long write, or many: a record per row and 4 MiB, the reply with the last.
-            batches, start = [], 0
-            for row_offset, row_length in zip(offsets.tolist(), lengths.tolist(), strict=True):
-                for at in range(0, row_length, BATCH_PAYLOAD_BYTES_MAX):
-                    length = min(BATCH_PAYLOAD_BYTES_MAX, row_length - at)
-                    one, size = np.array([row_offset + at], np.int64), np.array([length], np.int64)
-                    part = payload[start : start + length]
-                    start += length
-                    batches.append(write_batch(now, one, size, part, client, b""))
-            batches[-1].reply = b"" if fua else reply
-        self._submit(batches, client, reply if fua else b"")
-
-    def zero(self, offset: int, length: int, client: Answering, reply: bytes, *, fua: bool = False) -> None:
-        """Make a range zeros."""
-        if self.disk_lane.failed:
-            client.send(failed_reply(reply, codec.EIO))
-            return
-        batch = zero_batch(self._clock.wall_ns(), offset, length, client, b"" if fua else reply)
-        self._submit([batch], client, reply if fua else b"")
-
-    def trim(self, offset: int, length: int, client: Answering, reply: bytes, *, fua: bool = False) -> None:
-        """Make a range zeros where that gives space back; elsewhere nothing is done, and nothing logged."""
-        if self.disk.punches:
-            self.zero(offset, length, client, reply, fua=fua)
-        else:
-            client.send(reply)
-
-    def flush(self, client: Answering, reply: bytes) -> None:
-        """Send ``reply`` when everything taken in so far is durable, in the journal and on the disk."""
-        self._submit([], client, reply)
-
-    def read(self, client: Answering, cookie: int, offset: int, length: int, *, structured: bool) -> None:
-        """Send what the range holds, pending writes included."""
-        pending, disk = self.pending.snapshot(), self.disk
-        self.disk_lane.read(
-            lambda: answer_read(disk, client, cookie, offset, length, pending, structured=structured)
-        )
-
-    def extents(self, client: Answering, cookie: int, offset: int, length: int, context: int) -> None:
-        """Send the allocation of the range."""
-        pending, disk = self.pending.snapshot(), self.disk
-        self.disk_lane.read(lambda: answer_extents(disk, client, cookie, offset, length, pending, context))
-
-    def _submit(self, batches: list[Batch], client: Answering, flush_reply: bytes) -> None:
-        """Take ``batches`` in, and append them if nobody else is appending, as long as that takes.
-
-        Args:
-            batches: Of one request, or none.
-            client: Who asks.
-            flush_reply: For ``client`` when these and all before them are durable everywhere; may be empty.
-        """
-        with self._gate:
-            if self._refusing:
-                return  # the client is about to lose its connection
-            lane = self._journal_lane if self._logging else None
-            for batch in batches:
-                self._take_in(batch)
-            ticket = self._ticket
-        if flush_reply:
-            error = failed_reply(flush_reply, codec.EIO)
-            if self.disk_lane.failed:
-                client.send(error)
-            else:
-                self.disk_lane.flush(Barrier(ticket, client, flush_reply, error))
-        if lane is not None:
-            if batches:
-                lane.append(batches[-1])
-            if flush_reply:
-                lane.hurry()
-
-    def _take_in(self, batch: Batch) -> None:
-        """Under the gate: give a batch its place in the order of all, and its LSNs."""
-        self._ticket += 1
-        batch.ticket = self._ticket
-        self.pending.add(batch)
-        if self._logging:
-            assert self._journal_lane is not None
-            batch.first_lsn = self.lsn + 1
-            self.lsn += batch.count
-            self._journal_lane.put(batch)
-        elif not self._holding:
-            self._pass([batch])
-
-    def _pass(self, batches: list[Batch]) -> None:
-        """Under the gate: past the journal."""
-        for batch in batches:
-            batch.passed = batch.durable = True
-            batch.first_lsn = 0
-        if batches:
-            self._passed_ticket = batches[-1].ticket
-            self.disk_lane.put(batches)
 
     # -- cuts --------------------------------------------------------------------------------------------
 
@@ -282,23 +153,23 @@ class Volume:
     @property
     def changed(self) -> bool:
         """There are records since the last cut."""
-        return self.lsn != self.cut_lsn
+        return self.frontend.lsn != self.frontend.cut_lsn
 
     @property
     def logs(self) -> bool:
         """A record can be appended."""
-        return self._logging
+        return self.frontend.logs
+
+    @property
+    def lsn(self) -> int:
+        """Highest LSN given."""
+        return self.frontend.lsn
 
     def put_mark(self, payload: bytes) -> "asyncio.Future[bool]":
         """Under the gate: log a MARK; the future tells whether it became durable."""
-        lane = self._journal_lane
-        assert lane is not None
-        self._take_in(mark_batch(self._clock.wall_ns(), payload))
-        self.cut_lsn = self.lsn
+        lsn, lane = self.frontend.put_mark(payload)
         waiter: asyncio.Future[bool] = self._loop.create_future()
-        self._durable_waiters.append((self.lsn, lane, waiter))
-        lane.append_soon()
-        lane.hurry()
+        self._durable_waiters.append((lsn, lane, waiter))
         return waiter
 
     # -- counters ----------------------------------------------------------------------------------------
@@ -319,12 +190,12 @@ class Volume:
     @property
     def dirty_count(self) -> int:
         """Regions marked dirty, in the file or in memory."""
-        return self.dirty.count + len(self._extra)
+        return self.dirty.count
 
     @property
     def busy(self) -> bool:
         """Writes are under way, so the heartbeat matters."""
-        return self.pending.held_bytes > 0
+        return self.frontend.pending.held_bytes > 0
 
     def state_flags(self) -> int:
         """Flags of the state page."""
@@ -377,7 +248,7 @@ class Volume:
 
     def _watch(self, now: float) -> None:
         """Notice a journal that does not answer."""
-        lane = self._journal_lane
+        lane = self.frontend.lane
         begun = [self.side.since, lane.append_since if lane else 0.0, lane.sync_since if lane else 0.0]
         since = min((at for at in begun if at), default=0.0)
         if since and now - since >= self.config.journal_stall_max_s:
@@ -388,7 +259,7 @@ class Volume:
             self._event(rungs.Answered())
 
     def _may_climb(self) -> bool:
-        if self._old_journal_lane is not None and not self._old_journal_lane.ended:
+        if self._old_lane is not None and not self._old_lane.ended:
             return False
         if self.side.since or self.disk_lane.failed:
             return False
@@ -408,11 +279,10 @@ class Volume:
                 "journal_in_trouble", why=self.ladder.why or str(event), mode=self.ladder.mode.value
             )
         if Action.HOLD in actions:
-            with self._gate:
-                self._logging, self._holding = False, True
-        if Action.ABANDON in actions and self._journal_lane is not None:
-            self._journal_lane.abandon()
-            self._old_journal_lane, self._journal_lane = self._journal_lane, None
+            self.frontend.hold()
+        if Action.ABANDON in actions and (lane := self.frontend.take_lane()) is not None:
+            lane.abandon()
+            self._old_lane = lane
         if Action.HOLD in actions or Action.ABANDON in actions:
             self._settle_waiters()
         if Action.LEAVE in actions:
@@ -456,16 +326,12 @@ class Volume:
             durable=durable,
             stopped=stopped,
         )
-        with self._gate:
-            self._writer, self._incarnation = writer, writer.incarnation.id
-            self.lsn = writer.next_lsn - 1
-            self._captured_lsn = self._durable_lsn = self.lsn
-            self.cut_lsn = self.lsn - 1  # what the last incarnation had after its last cut is in no cut yet
-            self._journal_lane = lane
-            self._logging, self._holding = True, False
+        self._writer, self._incarnation = writer, writer.incarnation.id
+        self._captured_lsn = self._durable_lsn = writer.next_lsn - 1
+        self.frontend.log(lane)
 
     def _lane_stopped(self, lane: JournalLane, event: rungs.Event) -> None:
-        if lane is self._journal_lane:
+        if lane is self.frontend.lane:
             self._event(event)
 
     def _settle_waiters(self) -> None:
@@ -474,7 +340,7 @@ class Volume:
         for lsn, lane, waiter in self._durable_waiters:
             if lane.writer.durable_lsn >= lsn:
                 good: bool | None = True
-            elif lane is not self._journal_lane or not self._logging:
+            elif lane is not self.frontend.lane or not self.frontend.logs:
                 good = False
             else:
                 good = None
@@ -486,7 +352,7 @@ class Volume:
 
     async def _leave(self, number: int) -> None:
         """Leave data mode in order: journal, disk, stable mark. Then, and only then, let a write past it."""
-        lane = self._journal_lane
+        lane = self.frontend.lane
         if lane is not None:
             lane.hurry()
             while lane.undurable or lane.append_since:
@@ -494,11 +360,11 @@ class Volume:
                 if (
                     self._leaving != number
                     or self.ladder.mode is not Mode.LEAVING
-                    or self._journal_lane is not lane
+                    or self.frontend.lane is not lane
                 ):
                     return
         failpoint("tap.leave.synced")
-        logged = [batch.ticket for batch in self.pending.snapshot() if batch.durable]
+        logged = [batch.ticket for batch in self.frontend.pending.snapshot() if batch.durable]
         if not await self._flushed(max(logged, default=self.disk_lane.applied_ticket)):
             return
         failpoint("tap.leave.flushed")
@@ -550,17 +416,15 @@ class Volume:
             self._pass_held()
 
     def _pass_held(self) -> None:
-        if self._journal_lane is not None:
-            self._journal_lane.close()
-            self._old_journal_lane, self._journal_lane = self._journal_lane, None
+        if (lane := self.frontend.take_lane()) is not None:
+            lane.close()
+            self._old_lane = lane
         failpoint("tap.pass.first")
-        with self._gate:
-            self._holding = False
-            self._pass([batch for batch in self.pending.snapshot() if not batch.durable])
+        self.frontend.pass_by()
 
     async def _climb(self) -> None:
         """Open a new incarnation above everything that was ever given out."""
-        above = max(self.lsn, self.ladder.above_lsn)
+        above = max(self.frontend.lsn, self.ladder.above_lsn)
         # Not in the side thread: dirty bits are written there meanwhile, and wait no longer than agreed.
         worker = Worker(f"{self.config.name}-climb")
         old, self._writer = self._writer, None
@@ -591,7 +455,7 @@ class Volume:
         if self._closed:
             writer.close()
             return
-        self._old_journal_lane = None
+        self._old_lane = None
         self.epoch += 1
         self._use(writer)
         self._event(rungs.Opened())
@@ -599,11 +463,11 @@ class Volume:
         if self.ladder.lost:
             self._event(rungs.BitsKept())
             self._start(self._withdraw())
-        self.disk_lane.flush(Barrier(self._ticket))
+        self.disk_lane.flush(Barrier(self.frontend.ticket))
 
     async def _withdraw(self) -> None:
         """The dirty map is whole again; once the mark says so, the word on the disk is out of date."""
-        if await self._flushed(self._ticket):
+        if await self._flushed(self.frontend.ticket):
             await self._aside(self._write_mark)
             worker = Worker(f"{self.config.name}-witness")
             await asyncio.wrap_future(worker.submit(self.disk.withdraw_testimony))
@@ -626,7 +490,7 @@ class Volume:
     def _tidy(self, corrupt: str) -> None:
         """In the side thread: the dirty map and the mark, before a new incarnation goes by them."""
         self._renew_mark_file()
-        self._keep_bits()
+        self.dirty.keep()
         if corrupt:
             self.resync = corrupt
             self._write_mark()
@@ -649,52 +513,16 @@ class Volume:
         if not rows:
             return
         if self.ladder.lost:
-            self._remember_in_memory(rows)
+            self.dirty.note(rows)
             return
-        future = self.side.submit(lambda: self._set_bits(rows))
+        future = self.side.submit(lambda: self.dirty.write(rows))
         try:
             future.result(None if self.ladder.wait else self.config.journal_stall_max_s)
         except (concurrent.futures.TimeoutError, JournalFailed) as error:
-            self._remember_in_memory(rows)
+            self.dirty.note(rows)
             why = str(error) or f"no answer for {self.config.journal_stall_max_s:g} s"
             self._post(rungs.BitsLost(f"dirty map: {why}"))
         failpoint("tap.dirty.set")
-
-    def _remember_in_memory(self, rows: list[tuple[int, int]]) -> None:
-        region = self.dirty.region_bytes
-        with self._extra_lock:
-            for offset, length in rows:
-                self._extra.update(range(offset // region, (offset + length - 1) // region + 1))
-
-    def _set_bits(self, rows: list[tuple[int, int]]) -> None:
-        """In the side thread."""
-        for offset, length in rows:
-            self.dirty.set(offset, length, write=False)
-        self.dirty.write_bits()
-
-    def _keep_bits(self) -> None:
-        """In the side thread: bring the bits that are only in memory into the file, durably."""
-        with self._extra_lock:
-            extra = sorted(self._extra)
-        region = self.dirty.region_bytes
-        try:
-            self._set_bits([(at * region, self._region_length(at)) for at in extra])
-            self.dirty.sync()
-        except JournalFailed:
-            # The file is not trusted any more; one made anew gets every bit before it takes its place in use.
-            known = [*self.dirty.regions().tolist(), *extra]
-            fresh = DirtyMap.create(Path(self._place.folder) / "dirty", self.size_bytes)
-            for at in known:
-                fresh.set(at * region, self._region_length(at), write=False)
-            fresh.sync()
-            self.dirty.close()
-            self.dirty = fresh
-        with self._extra_lock:
-            self._extra.difference_update(extra)
-
-    def _region_length(self, index: int) -> int:
-        region = self.dirty.region_bytes
-        return min(region, self.size_bytes - index * region)
 
     def _sync_dirty(self) -> None:
         """In the flush thread: bits of writes that a FLUSH covers are durable before it is answered."""
@@ -708,18 +536,6 @@ class Volume:
             self._post(rungs.BitsLost(f"dirty map: {why}"))
 
     # -- called by the disk's threads --------------------------------------------------------------------
-
-    def _on_applied(self) -> None:
-        if self._full_relief and self.pending.held_bytes <= PENDING_BYTES_LOW:
-            self._full_relief = False
-            self._relieved()
-
-    def want_relief(self) -> None:
-        """Call ``relieved`` when there is room again. Any thread."""
-        self._full_relief = True
-        if self.pending.held_bytes <= PENDING_BYTES_LOW:  # it was made before anybody could be told
-            self._full_relief = False
-            self._relieved()
 
     def _on_flushed(self) -> None:
         if not self._marking and not self._closed:
@@ -750,7 +566,7 @@ class Volume:
         """Make the stable mark durable, with what else the file says."""
         lsn, ticket = self.disk_lane.flushed_lsn, self.disk_lane.flushed_ticket
         data = self.ladder.mode is Mode.DATA
-        if data and self._bitmap_marked and ticket >= self._passed_ticket and not self.ladder.lost:
+        if data and self._bitmap_marked and ticket >= self.frontend.passed_ticket and not self.ladder.lost:
             self.dirty.sync()
             self._bitmap_marked = False
         flags = (
@@ -801,13 +617,9 @@ class Volume:
         return await self._aside(self._begin_round)
 
     def _begin_round(self) -> tuple[int, bytes, int]:
-        epoch, number = self.epoch, self.dirty.begin_round()
-        bits = np.zeros(self.dirty.region_count, np.bool_)
-        bits[self.dirty.regions()] = True
-        with self._extra_lock:
-            bits[sorted(self._extra)] = True
-        name = epoch << _ROUND_BITS | number
-        return name, np.packbits(bits, bitorder="little").tobytes(), self.dirty.region_bytes
+        epoch = self.epoch
+        number, bitmap = self.dirty.begin_round()
+        return epoch << _ROUND_BITS | number, bitmap, self.dirty.region_bytes
 
     async def clear_dirty(self, name: int, regions: list[int]) -> int:
         """Unmark regions whose copy is vaulted; returns how many.
@@ -822,18 +634,13 @@ class Volume:
         if not await self._flushed(self.disk_lane.applied_ticket):
             raise Conflict("the tap is stopping", where=self.config.name)
         self._check_epoch(epoch)
-        cleared = await self._aside(lambda: self._clear(number, regions))
+        cleared = await self._aside(lambda: self.dirty.clear(regions, number))
         self.publish()
         return cleared
 
     def _check_epoch(self, epoch: int) -> None:
         if self.ladder.mode is not Mode.DATA or epoch != self.epoch:
             raise Conflict("the dirty map has changed since", where=self.config.name, fix="copy again")
-
-    def _clear(self, number: int, regions: list[int]) -> int:
-        cleared = self.dirty.clear(regions, copy_round=number)
-        self.dirty.write_bits()
-        return cleared
 
     async def require_resync(self, why: str, above_lsn: int, above_ordinal: int) -> None:
         """Keep in mind, durably, that a full compare is due, and open an incarnation above the LSN."""
@@ -863,8 +670,7 @@ class Volume:
         Everything taken in is applied and durable, the journal sealed, the mark written last of all with the
         disk's identity as it then is.
         """
-        with self._gate:
-            self._refusing = True
+        self.frontend.refuse()
         clean = False
         try:
             async with asyncio.timeout(timeout_s):
@@ -877,21 +683,20 @@ class Volume:
         if clean:
             self._page.close()
             self.disk.close()
-        self._log.info("volume_stopped", clean=clean, lsn=self.lsn)
+        self._log.info("volume_stopped", clean=clean, lsn=self.frontend.lsn)
         return clean
 
     async def _stop(self) -> bool:
         await _until(lambda: self.ladder.mode not in (Mode.LEAVING, Mode.CLIMBING))
-        with self._gate:
-            lane, self._journal_lane = self._journal_lane, None
-            logging, self._logging = self._logging, False
+        logged = self.frontend.logs
+        lane = self.frontend.end_logging()
         if lane is not None:
             lane.close()
             ending = lane
             await _until(lambda: ending.ended)
-        if self.pending.held_bytes and self.disk_lane.failed:
+        if self.frontend.pending.held_bytes and self.disk_lane.failed:
             return False
-        if not await self._flushed(self._ticket):
+        if not await self._flushed(self.frontend.ticket):
             return False
         self._closed = True
         self.disk_lane.stop()
@@ -900,8 +705,8 @@ class Volume:
         def seal() -> bool:
             writer = self._writer
             try:
-                self._keep_bits()
-                if writer is not None and logging:
+                self.dirty.keep()
+                if writer is not None and logged:
                     writer.seal(clean=True)
                 failpoint("tap.stop.sealed")
                 if self.ladder.lost:

@@ -234,7 +234,7 @@ def write(volume: Volume, client: Client, number: int, count: int = 1) -> None:
     offsets = np.arange(number - 1, number - 1 + count, dtype=np.int64) * BLOCK
     payload = np.concatenate([np.full(BLOCK, n % 251, np.uint8) for n in range(number, number + count)])
     lengths = np.full(count, BLOCK, np.int64)
-    volume.write(offsets, lengths, payload, client, w(number + count - 1))
+    volume.frontend.write(offsets, lengths, payload, client, w(number + count - 1))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -251,14 +251,14 @@ async def test_nothing_comes_before_what_it_rests_on(
             if rng.random() < 0.5:
                 await client.has(w(last))
             if rng.random() < 0.2:
-                volume.flush(client, f(last))
+                volume.frontend.flush(client, f(last))
             if rng.random() < 0.3:
                 # Vaulted is whatever was durable; the disk may be far behind.
                 watched.vaulted = max(watched.vaulted, volume.durable_lsn)
                 await volume.vaulted(volume.incarnation, watched.vaulted)
             await asyncio.sleep(rng.choice((0, 0, 0.003, 0.01)))
             assert watched.wrong == []
-        volume.flush(client, f(last))
+        volume.frontend.flush(client, f(last))
         await client.has(f(last))
         watched.vaulted = last
         await volume.vaulted(volume.incarnation, last)
@@ -279,7 +279,7 @@ async def test_a_segment_outlives_the_vault_until_the_disk_is_stable(
         await volume.vaulted(volume.incarnation, 100)
         assert watched.wrong == []
         assert watched.freed == 0
-        volume.flush(client, f(100))
+        volume.frontend.flush(client, f(100))
         await client.has(f(100))
         while not watched.freed:
             await volume.vaulted(volume.incarnation, 100)
@@ -294,7 +294,7 @@ async def test_past_a_full_journal_no_write_reaches_the_disk_unmarked(
             write(volume, client, number)
             await client.has(w(number))
         assert volume.mode == "bitmap"
-        volume.flush(client, f(200))
+        volume.frontend.flush(client, f(200))
         await client.has(f(200))
         assert watched.passed > 100
         assert volume.fuzzy
@@ -309,7 +309,7 @@ async def test_a_journal_that_hangs_is_not_waited_for(
         await client.has(w(1))
         watched.block_sync = threading.Event()
         write(volume, client, 2)
-        volume.flush(client, f(2))
+        volume.frontend.flush(client, f(2))
         await client.has(f(2), 0.3 + 2.0)
         assert volume.mode == "bitmap"
         assert volume.fuzzy
