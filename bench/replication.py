@@ -132,7 +132,9 @@ def wait_protected(site: Site) -> None:
             return
         if status["state"] == "failed":
             raise Failed("the volume failed", why=status["problem"])
-        time.sleep(0.02)
+        # To ask fifty times a second takes 5% of a core from what is measured: only near the end.
+        far = status["done_bytes"] < status["total_bytes"] * 0.97
+        time.sleep(0.25 if far else 0.02)
 
 
 def metric(site: Site, name: str) -> float:
