@@ -9,10 +9,11 @@ from farshore.clock import Clock
 from farshore.errors import FarshoreError, NotFound
 from farshore.telemetry import get_logger
 from process_server.vault.chain import Chain
+from process_server.vault.changes import read_change
 from process_server.vault.commit import CommitHead, Rows
 from process_server.vault.dedup import DedupIndex
 from process_server.vault.keys import VaultKeys
-from process_server.vault.map import MapReader, SinceMap, map_due, newest_map, read_change, write_map
+from process_server.vault.map import MapReader, SinceMap, map_due, newest_map, write_map
 from process_server.vault.pack import PackReader
 from process_server.vault.store import Store
 

@@ -10,9 +10,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from process_server.vault.changes import PackRef, read_change
 from process_server.vault.commit import ZEROS, Rows
 from process_server.vault.keys import VaultKeys
-from process_server.vault.map import PackRef, newest_map, read_change
+from process_server.vault.map import newest_map
 from process_server.vault.pack import PackReader
 from process_server.vault.store import Store
 

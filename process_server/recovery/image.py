@@ -10,25 +10,12 @@ import numpy as np
 from farshore.errors import IntegrityError, NotFound
 from farshore.units import MIB
 from process_server.recovery.points import ChainReader, Cut, missing
+from process_server.vault.changes import Change, PackRef, PackTable, Renumbering, read_change, read_changes
 from process_server.vault.commit import NO_ROWS, Rows, commit_name
 from process_server.vault.keys import VaultKeys
-from process_server.vault.map import (
-    REGION_BYTES,
-    Change,
-    PackRef,
-    PackTable,
-    Renumbering,
-    by_region,
-    clip,
-    ends,
-    joined,
-    newest_map,
-    overlay,
-    read_change,
-    read_changes,
-    without_zeros,
-)
+from process_server.vault.map import newest_map
 from process_server.vault.pack import PackReader, pack_name
+from process_server.vault.rows import REGION_BYTES, by_region, clip, ends, joined, overlay, without_zeros
 from process_server.vault.seal import Kind, SealedObject
 from process_server.vault.store import Store
 

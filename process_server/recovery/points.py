@@ -13,9 +13,9 @@ from typing import Final
 from farshore.clock import format_time
 from farshore.errors import Conflict, IntegrityError, NotFound, UsageError
 from farshore.ids import id_to_hex
+from process_server.vault.changes import Change, read_change, read_changes
 from process_server.vault.commit import CommitHead, CommitVolume, commit_name, point_id
 from process_server.vault.keys import VaultKeys
-from process_server.vault.map import Change, read_change, read_changes
 from process_server.vault.root import ROOT, decode_root
 from process_server.vault.store import Store
 

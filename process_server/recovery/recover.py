@@ -30,8 +30,8 @@ from process_server.recovery.image import VolumeImage
 from process_server.recovery.points import ChainReader
 from process_server.recovery.target import DeviceTarget, FileTarget, Output
 from process_server.recovery.writer import Done, Setup, Task, run, runs
+from process_server.vault.changes import PackRef
 from process_server.vault.commit import Rows
-from process_server.vault.map import PackRef
 
 TASK_BYTES: Final = 32 * MIB
 SMALL_BYTES: Final = 32 * KIB

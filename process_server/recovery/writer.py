@@ -21,9 +21,10 @@ from farshore.errors import Failed, FarshoreError
 from farshore.units import MIB
 from process_server.recovery.image import ChunkSource, read_rows
 from process_server.recovery.target import Output
+from process_server.vault.changes import PackRef
 from process_server.vault.commit import ROW_DTYPE, Rows
 from process_server.vault.keys import VaultKeys
-from process_server.vault.map import PackRef, ends
+from process_server.vault.rows import ends
 from process_server.vault.store import open_store
 
 CHUNKS_AT_ONCE: Final = 16

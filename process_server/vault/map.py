@@ -6,34 +6,22 @@ that the first block of a volume of any size costs one head and one region.
 """
 
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, Final
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 
 from farshore.compression import LEVEL, codec
 from farshore.errors import IntegrityError, NotFound, WrongKey
 from farshore.ids import ID_BYTES, id_to_hex
-from farshore.units import KIB, MIB
-from process_server.vault.commit import (
-    NO_ROWS,
-    ROW_DTYPE,
-    SEQ_MAX,
-    ZEROS,
-    CommitHead,
-    CommitVolume,
-    Rows,
-    commit_name,
-)
+from process_server.vault.changes import Overlay, PackRef, PackTable, Renumbering, read_changes
+from process_server.vault.commit import NO_ROWS, ROW_DTYPE, SEQ_MAX, Rows
 from process_server.vault.keys import VaultKeys
 from process_server.vault.root import check_format
+from process_server.vault.rows import REGION_BYTES, by_region, clip, ends, joined, overlay, without_zeros
 from process_server.vault.seal import (
     HEADER_BYTES,
     SECTION_BYTES_MAX,
@@ -44,144 +32,18 @@ from process_server.vault.seal import (
     Sealer,
     first_section,
 )
-from process_server.vault.store.protocol import AlreadyExists, Buffer, Store
+from process_server.vault.store.protocol import AlreadyExists, Store
 
-REGION_BYTES: Final = 256 * MIB
-
-_Numbers = npt.NDArray[np.int64]
 # Not structlog: it takes 0.17 s to import, of the second that an export has; daemons lead this to it.
 _log: Final = logging.getLogger(__name__)
 
-FOLD_ROWS: Final = 1_000_000
-"""Rows newer than the map that are gathered before they are laid over one another: 48 MB."""
 MAP_COMMITS_MIN: Final = 1024
 MAP_COMMITS_MAX: Final = 4096
 MAP_SECONDS_MAX: Final = 900.0
 MAP_ROWS_MAX: Final = 2_000_000
 MAP_SHARE: Final = 0.25
 """When a map is due: see `map_due` and docs/decisions."""
-FIRST_READ_BYTES: Final = 64 * KIB
-"""Read of a commit at once: holds the head and the extent table of all but the largest."""
-READ_THREADS: Final = 16
-BATCH: Final = 16
-AHEAD: Final = 32
 _NO_ID: Final = bytes(32)
-
-_DENSE_CELLS_PER_ROW: Final = 8
-"""Up to this many cells per row a plain grid is faster than sorting the edges (1 million rows over 2 GiB:
-0.18 s against 1.6 s)."""
-
-
-def ends(rows: Rows) -> _Numbers:
-    """Return the first byte after each row."""
-    total: _Numbers = rows["offset"].astype(np.int64) + rows["length"].astype(np.int64)
-    return total
-
-
-def overlay(rows: Rows) -> Rows:
-    """Return what ``rows``, applied one after another, leave: sorted, not overlapping, the later row wins.
-
-    Rows of zeros stay, since they hide what lies below them; see `without_zeros`. A row that was cut keeps
-    its LSN and time, and its first byte inside the chunk moves with its offset. The input is not changed.
-
-    Cost: the last writer of every cell between two edges is a maximum over the rows that cover it. A row
-    covers its cells by two blocks of a power of two, the largest blocks are handed down to the next smaller
-    ones: log2 of the longest row passes over the cells, none of them in Python.
-    """
-    count = len(rows)
-    if count == 0:
-        return rows
-    start, end = rows["offset"].astype(np.int64), ends(rows)
-    if bool((start[1:] >= end[:-1]).all()):
-        return rows
-    base, top = int(start.min()), int(end.max())
-    bits = int(np.bitwise_or.reduce((start - base) | (end - base)))
-    shift = (bits & -bits).bit_length() - 1
-    edges: _Numbers | None = None
-    if (top - base) >> shift <= _DENSE_CELLS_PER_ROW * count:
-        low, high, cells = (start - base) >> shift, (end - base) >> shift, (top - base) >> shift
-    else:
-        edges, places = np.unique(np.concatenate((start, end)), return_inverse=True)
-        low, high, cells = places[:count], places[count:], len(edges) - 1
-    won = _last_writer(low, high, cells)
-    first = np.flatnonzero(np.concatenate(([True], won[1:] != won[:-1])))
-    last = np.concatenate((first[1:], [cells]))
-    covered = won[first] >= 0
-    first, last = first[covered], last[covered]
-    if edges is None:
-        return _pieces(rows[won[first]], base + (first << shift), base + (last << shift))
-    return _pieces(rows[won[first]], edges[first], edges[last])
-
-
-def _last_writer(low: _Numbers, high: _Numbers, cells: int) -> npt.NDArray[np.int32]:
-    """Return per cell the highest number of a row that covers it, -1 where none does."""
-    # frexp is exact below 2**53 cells: the exponent of a length is its number of bits.
-    level = np.frexp((high - low).astype(np.float64))[1] - 1
-    levels = set(np.unique(level).tolist())
-    top = max(levels)
-    won = np.full(cells, -1, np.int32)
-    for power in range(top, -1, -1):
-        if power < top:
-            half = 1 << power
-            down = won.copy()
-            np.maximum(down[half:], won[:-half], out=down[half:])
-            won = down
-        if power in levels:
-            at = np.flatnonzero(level == power)
-            numbers = at.astype(np.int32)
-            np.maximum.at(won, low[at], numbers)
-            np.maximum.at(won, high[at] - (1 << power), numbers)
-    return won
-
-
-def _pieces(rows: Rows, start: _Numbers, end: _Numbers) -> Rows:
-    """Cut each row (which the caller gives away) to ``[start, end)``."""
-    moved = start - rows["offset"].astype(np.int64)
-    rows["start"] = np.where(rows["pack"] == ZEROS, 0, rows["start"] + moved)
-    rows["offset"] = start
-    rows["length"] = end - start
-    return rows
-
-
-def clip(rows: Rows, start: int, end: int) -> Rows:
-    """Return the parts of ``rows`` within ``[start, end)``, in the same order. The input is not changed."""
-    if not len(rows):
-        return rows
-    below, above = rows["offset"].astype(np.int64), ends(rows)
-    inside = (below < end) & (above > start)
-    if bool(inside.all()) and int(below.min()) >= start and int(above.max()) <= end:
-        return rows
-    return _pieces(rows[inside], np.maximum(below[inside], start), np.minimum(above[inside], end))
-
-
-def without_zeros(rows: Rows) -> Rows:
-    """Return ``rows`` without those of zeros: where nothing lies, zeros are read."""
-    kept: Rows = rows[rows["pack"] != ZEROS]
-    return kept
-
-
-def by_region(rows: Rows) -> Iterator[tuple[int, Rows]]:
-    """Yield ``(region, rows)`` for each region that is touched, rows cut at its edges, in their order."""
-    if not len(rows):
-        return
-    start, end = rows["offset"].astype(np.int64), ends(rows)
-    first, last = start // REGION_BYTES, (end - 1) // REGION_BYTES
-    spread = last - first + 1
-    if int(spread.max()) > 1:
-        source = np.repeat(np.arange(len(rows)), spread)
-        region = first[source] + (np.arange(len(source)) - np.repeat(np.cumsum(spread) - spread, spread))
-        edge = region * REGION_BYTES
-        rows = _pieces(
-            rows[source], np.maximum(start[source], edge), np.minimum(end[source], edge + REGION_BYTES)
-        )
-    else:
-        region = first
-    order = np.argsort(region, kind="stable")
-    region, rows = region[order], rows[order]
-    cuts = np.flatnonzero(region[1:] != region[:-1]) + 1
-    for begin, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
-        yield int(region[begin]), rows[begin:stop]
-
 
 _Id = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=SEQ_MAX)]
@@ -207,18 +69,6 @@ class MapPoint(msgspec.Struct, frozen=True, array_like=True):
     lsn: _Count
 
 
-class PackRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A pack that rows point into.
-
-    Attributes:
-        id: The pack's id.
-        holder: The commit whose inline section holds it, or None for an object of its own.
-    """
-
-    id: _Id
-    holder: _Count | None
-
-
 class MapHead(msgspec.Struct, frozen=True, kw_only=True):
     """The head of a map object (docs/formats/vault.md, "Map")."""
 
@@ -242,189 +92,6 @@ def map_prefix(machine: bytes, volume: bytes) -> str:
 def map_name(machine: bytes, volume: bytes, seq: int) -> str:
     """Return the name of a volume's map after commit ``seq``."""
     return f"{map_prefix(machine, volume)}{seq:020}"
-
-
-class PackTable:
-    """Numbers packs in the order in which rows first need them, so that no pack stays that no row names."""
-
-    def __init__(self) -> None:
-        self.packs: list[PackRef] = []
-        self._number_of: dict[PackRef, int] = {}
-
-    def number(self, pack: PackRef) -> int:
-        """Return the number of ``pack``, a new one if it has none."""
-        found = self._number_of.get(pack)
-        if found is None:
-            found = self._number_of[pack] = len(self.packs)
-            self.packs.append(pack)
-        return found
-
-
-class Renumbering:
-    """Translates the pack column from a list of packs, which may grow, to a `PackTable`, as they are met."""
-
-    def __init__(self, packs: Sequence[PackRef], table: PackTable) -> None:
-        self._packs, self._table = packs, table
-        self._new = np.full(len(packs), ZEROS, np.uint32)
-
-    def apply(self, rows: Rows) -> None:
-        """Change the pack column of ``rows`` in place. Raises IntegrityError on a pack not in the list."""
-        stored = rows["pack"] != ZEROS
-        old = rows["pack"][stored]
-        if not len(old):
-            return
-        if int(old.max()) >= len(self._packs):
-            raise IntegrityError("a row names a pack that is not listed", why=f"number {int(old.max())}")
-        if len(self._new) < len(self._packs):
-            more = np.full(len(self._packs) - len(self._new), ZEROS, np.uint32)
-            self._new = np.concatenate((self._new, more))
-        needed = np.unique(old)
-        for number in needed[self._new[needed] == ZEROS].tolist():
-            self._new[number] = self._table.number(self._packs[number])
-        rows["pack"][stored] = self._new[old]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What one commit does, without the packs that travel inside of it.
-
-    Attributes:
-        head: Of the commit.
-        rows: Of all volumes, in the order in which they apply.
-    """
-
-    head: CommitHead
-    rows: Rows
-
-    @property
-    def packs(self) -> list[PackRef]:
-        """What the pack column of the rows counts in."""
-        seq = self.head.seq
-        return [PackRef(pack.id, None if pack.inline is None else seq) for pack in self.head.packs]
-
-    def of(self, volume: bytes) -> tuple[CommitVolume, Rows] | None:
-        """Return the entry and the rows of one volume; None when the commit does not list it."""
-        at = 0
-        for entry in self.head.volumes:
-            if entry.id == volume:
-                return entry, self.rows[at : at + entry.extents]
-            at += entry.extents
-        return None
-
-
-def read_change(store: Store, keys: VaultKeys, machine: bytes, seq: int) -> Change:
-    """Return what commit ``seq`` did, by its head and extent table alone.
-
-    The link to the commit before is not checked, since it takes the whole object: the name is part of what
-    the seal authenticates, so this is the commit of that number that somebody with our keys wrote.
-
-    Raises:
-        NotFound: There is no such commit.
-        WrongKey, IntegrityError: It is not ours, damaged, or breaks a rule of the format.
-    """
-    name = commit_name(machine, seq)
-    return _change_in(store, keys, machine, seq, store.get_range(name, 0, FIRST_READ_BYTES))
-
-
-def read_changes(store: Store, keys: VaultKeys, machine: bytes, first: int, last: int) -> Iterator[Change]:
-    """Yield what the commits ``first`` to ``last`` did, in order, reading ahead in several threads.
-
-    A store is waited for far longer than it is computed on what it gives: on a cold disk 16 threads read
-    1,023 commits in 0.14 s, where one needed 1.5 s. With an object store it is all there is to gain.
-    Memory: `AHEAD` batches of the first 64 KiB of `BATCH` commits.
-
-    Raises:
-        NotFound: One of them is missing; its name is in the error.
-        WrongKey, IntegrityError: As `read_change`.
-    """
-    if last - first < BATCH:
-        for seq in range(first, last + 1):
-            yield read_change(store, keys, machine, seq)
-        return
-
-    def fetch(begin: int) -> list[bytes]:
-        seqs = range(begin, min(begin + BATCH, last + 1))
-        return [store.get_range(commit_name(machine, seq), 0, FIRST_READ_BYTES) for seq in seqs]
-
-    begins = iter(range(first, last + 1, BATCH))
-    pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read-commits")
-    try:
-        waiting = deque(pool.submit(fetch, begin) for begin in islice(begins, AHEAD))
-        seq = first
-        while waiting:
-            starts = waiting.popleft().result()
-            for begin in islice(begins, 1):
-                waiting.append(pool.submit(fetch, begin))
-            for start in starts:
-                yield _change_in(store, keys, machine, seq, start)
-                seq += 1
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _change_in(store: Store, keys: VaultKeys, machine: bytes, seq: int, start: bytes) -> Change:
-    name = commit_name(machine, seq)
-    first = memoryview(start)
-
-    def fetch(at: int, length: int) -> Buffer:
-        return first[at : at + length] if at + length <= len(first) else store.get_range(name, at, length)
-
-    sealed = SealedObject(keys, Kind.COMMIT, name, fetch, first)
-    check_format(sealed.head, name)
-    try:
-        head = msgspec.msgpack.decode(sealed.head, type=CommitHead)
-    except msgspec.MsgspecError as exc:
-        raise IntegrityError("cannot read the commit", where=name, why=str(exc)) from exc
-    table = sealed.section(1)
-    rows = np.frombuffer(table, ROW_DTYPE) if len(table) % ROW_DTYPE.itemsize == 0 else NO_ROWS
-    sound = (
-        (head.machine, head.seq) == (machine, seq)
-        and len(rows) * ROW_DTYPE.itemsize == len(table)
-        and sum(entry.extents for entry in head.volumes) == len(rows)
-        and bool(rows["length"].all())
-    )
-    if not sound:
-        raise IntegrityError("cannot read the commit", where=name, why="its head and its extent table differ")
-    return Change(head, rows)
-
-
-class Overlay:
-    """Rows newer than a map, gathered commit by commit and folded now and then; memory stays bounded by
-    what is different, not by how often it was written.
-
-    Attributes:
-        table: What the pack columns of the rows count in.
-    """
-
-    def __init__(self, table: PackTable) -> None:
-        self.table = table
-        self._pending: list[Rows] = []
-        self._pending_rows = 0
-        self._fold_at = FOLD_ROWS
-
-    def add(self, rows: Rows, packs: Sequence[PackRef]) -> None:
-        """Take the next rows, whose pack column counts in ``packs``; they are copied.
-
-        Raises:
-            IntegrityError: A row names a pack that is not listed.
-        """
-        if not len(rows):
-            return
-        rows = rows.copy()
-        Renumbering(packs, self.table).apply(rows)
-        self._pending.append(rows)
-        self._pending_rows += len(rows)
-        if self._pending_rows > self._fold_at:
-            folded = self.rows()
-            # What does not shrink is not folded again until as much has come on top of it.
-            self._fold_at = len(folded) + FOLD_ROWS
-
-    def rows(self) -> Rows:
-        """Return the rows that are left, sorted, not overlapping; rows of zeros among them."""
-        if len(self._pending) > 1 or self._pending_rows:
-            folded = overlay(np.concatenate(self._pending))
-            self._pending, self._pending_rows = [folded], len(folded)
-        return self._pending[0] if self._pending else NO_ROWS
 
 
 class MapReader:
@@ -616,27 +283,6 @@ def _touched(rows: Rows) -> Iterable[int]:
     for begin, end in zip(first[last > first].tolist(), last[last > first].tolist(), strict=True):
         touched.update(range(begin, end + 1))
     return touched
-
-
-def joined(rows: Rows) -> Rows:
-    """Return sorted ``rows`` with neighbours that continue one another in the same chunk made one."""
-    if len(rows) < 2:
-        return rows
-    left, right = rows[:-1], rows[1:]
-    follows = (
-        (left["pack"] == right["pack"])
-        & (left["chunk"] == right["chunk"])
-        & (ends(left) == right["offset"].astype(np.int64))
-        & ((left["start"].astype(np.int64) + left["length"].astype(np.int64)) == right["start"])
-        & (right["pack"] != ZEROS)
-    )
-    if not bool(follows.any()):
-        return rows
-    starts = np.flatnonzero(np.concatenate(([True], ~follows)))
-    out = rows[starts]
-    lasts = np.concatenate((starts[1:] - 1, [len(rows) - 1]))
-    out["length"] = ends(rows)[lasts] - out["offset"].astype(np.int64)
-    return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from process_server.vault.commit import ROW_DTYPE, ZEROS, Rows
-from process_server.vault.map import REGION_BYTES, by_region, clip, ends, overlay, without_zeros
+from process_server.vault.rows import REGION_BYTES, by_region, clip, ends, overlay, without_zeros
 
 UNIT = 512
 UNITS_MAX = 96
