@@ -190,6 +190,7 @@ def test_a_killed_tap_comes_back_and_nothing_is_compared(site: Site, both: bool)
     else:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: site.tap_pid("db1") not in (None, pid), 20, "another tap")
+    wait_for(lambda: len(_events(site, "volume_opened")) > 1, 20, "it opened the volume")
     time.sleep(1)
     opened = _events(site, "volume_opened")
     assert [line["proved"] for line in opened] == [True, True], opened
@@ -222,12 +223,23 @@ def test_a_tap_of_the_service_manager_is_neither_started_nor_stopped(site: Site)
         assert tap.wait(timeout=60) == 0
 
 
+def test_an_agent_killed_before_it_starts_its_tap_can_be_started_again(site: Site) -> None:
+    try:
+        site.start_agent("db1", env={"FARSHORE_FAILPOINTS": "agent.before_tap_start=kill"})
+    except Failed:
+        pass  # it died before it could say that it was ready
+    else:
+        wait_for(lambda: site.agents["db1"].process.poll() is not None, 60, "it dies")
+        site.agents.pop("db1").kill()
+    site.start_agent("db1")
+    site.protect("db1", "data", _disk(site))
+
+
 @pytest.mark.parametrize(
     "place",
     [
         "agent.after_protect",
         "agent.after_volume_saved",
-        "agent.before_tap_start",
         "agent.before_data_sent",
         "agent.before_mark",
         "agent.after_mark",
@@ -252,7 +264,7 @@ def test_an_agent_killed_anywhere_loses_nothing(site: Site, place: str) -> None:
         "tap-nbd",
     )
     # Where the agent dies in the middle of protect, the command cannot know what became of it.
-    dies_in_protect = place in ("agent.after_protect", "agent.after_volume_saved", "agent.before_tap_start")
+    dies_in_protect = place in ("agent.after_protect", "agent.after_volume_saved")
     site.cli(*arguments, code=9 if dies_in_protect else 0)
     writing = None
     if not dies_in_protect:
