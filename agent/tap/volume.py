@@ -461,17 +461,29 @@ class Volume:
         self._event(rungs.Opened())
         self._log.info("volume_back_in_data_mode", first_lsn=writer.next_lsn)
         if self.ladder.lost:
-            self._event(rungs.BitsKept())
-            self._start(self._withdraw())
+            self._start(self._withdraw(writer))
         self.disk_lane.flush(Barrier(self.frontend.ticket))
 
-    async def _withdraw(self) -> None:
-        """The dirty map is whole again; once the mark says so, the word on the disk is out of date."""
-        if await self._flushed(self.frontend.ticket):
+    async def _withdraw(self, writer: JournalWriter) -> None:
+        """Take back that the journal was lost, once nothing is in memory only.
+
+        Writes went past the journal until ``writer`` was open, and their regions are marked by the apply
+        thread when it comes to them: only when the last one is on the disk are all bits known.
+        """
+        if not await self._flushed(self.frontend.passed_ticket):
+            return
+        try:
+            await self._aside(self.dirty.keep)
+            if self._writer is not writer or self.ladder.mode is not Mode.DATA:
+                return  # lost again; whoever climbs next does this anew
+            self._event(rungs.BitsKept())
             await self._aside(self._write_mark)
-            worker = Worker(f"{self.config.name}-witness")
-            await asyncio.wrap_future(worker.submit(self.disk.withdraw_testimony))
-            worker.stop()
+        except (JournalFailed, OSError) as error:
+            self._event(rungs.Broken(str(error)))
+            return
+        worker = Worker(f"{self.config.name}-witness")
+        await asyncio.wrap_future(worker.submit(self.disk.withdraw_testimony))
+        worker.stop()
 
     def _look_again(self, old: JournalWriter | None) -> Recovered:
         """In a thread of its own: close the old incarnation and see what the journal holds."""
