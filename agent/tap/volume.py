@@ -95,6 +95,7 @@ class Volume:
         self._incarnation = bytes(16)
         self._bitmap_marked = opened.writer is None
         self._marking = self._closed = False
+        self._early_round = 0
         self._stable_at, self._stable_bytes = time.monotonic(), 0
         self._next_climb = 0.0
         self._tasks: set[asyncio.Future[None]] = set()
@@ -629,18 +630,26 @@ class Volume:
         return await self._aside(self._begin_round)
 
     def _begin_round(self) -> tuple[int, bytes, int]:
+        landed = self.disk_lane.applied_ticket >= self.frontend.passed_ticket
         epoch = self.epoch
         number, bitmap = self.dirty.begin_round()
+        if not landed:
+            # A write that went past the journal is marked, perhaps, but not on the disk: what is copied now
+            # may be without it.
+            self._early_round = number
         return epoch << _ROUND_BITS | number, bitmap, self.dirty.region_bytes
 
     async def clear_dirty(self, name: int, regions: list[int]) -> int:
         """Unmark regions whose copy is vaulted; returns how many.
 
         Raises:
-            Conflict: The epoch is another, or the volume is below data mode: they may be dirty again.
+            Conflict: The epoch is another, or the volume is below data mode: they may be dirty again. Or the
+                round began before every write that went past the journal was on the disk.
         """
         epoch, number = name >> _ROUND_BITS, name & (1 << _ROUND_BITS) - 1
         self._check_epoch(epoch)
+        if number == self._early_round:
+            raise Conflict("the copy began too early", where=self.config.name, fix="copy again")
         # The copy was read from the page cache: what was copied has to be on the disk as well before nobody
         # remembers that it may not be.
         if not await self._flushed(self.disk_lane.applied_ticket):

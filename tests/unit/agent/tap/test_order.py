@@ -27,6 +27,7 @@ from agent.tap.vectored import Ints, VectoredWriter
 from agent.tap.volume import Volume
 from agent.volumes import VolumeConfig
 from farshore.clock import SystemClock
+from farshore.errors import Conflict
 from farshore.hrl.batch import HEAD, RECORD, WRITE
 from farshore.nbd import codec
 from farshore.units import KIB, MIB
@@ -321,7 +322,7 @@ async def test_a_journal_that_hangs_is_not_waited_for(
 async def test_bits_set_while_the_journal_is_opened_again_are_kept_before_it_counts_as_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write goes past the journal after the bits were brought into the file and before writes are logged."""
+    """A write goes past the journal after the bits were brought into the file, before writes are logged."""
     late = 100  # a region that no other write touches
     opening, opened = threading.Event(), threading.Event()
 
@@ -352,6 +353,39 @@ async def test_bits_set_while_the_journal_is_opened_again_are_kept_before_it_cou
             await volume.clear_dirty(name, np.flatnonzero(bits).tolist())
         assert volume.dirty_count == 0
         assert not volume.fuzzy
+
+
+async def test_a_copy_begun_before_the_last_write_past_the_journal_landed_clears_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its region is marked and the volume logs again, but the disk does not have it yet."""
+    landing = threading.Event()
+    async with served(tmp_path, monkeypatch, journal_stall_max_s=0.3) as (volume, watched, client):
+        watched.block_sync = threading.Event()
+        write(volume, client, 1)
+        await until(lambda: volume.mode == "bitmap")
+        await client.has(w(1))
+        to_disk = volume.disk_lane._write
+
+        def slowly(group: Any) -> None:
+            assert landing.wait(20)
+            to_disk(group)
+
+        monkeypatch.setattr(volume.disk_lane, "_write", slowly)
+        write(volume, client, 100)
+        watched.block_sync.set()
+        watched.block_sync = None
+        await until(lambda: volume.mode == "data")
+        name, bitmap, _ = await volume.dirty_regions()
+        bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")
+        regions = np.flatnonzero(bits).tolist()
+        assert 99 * BLOCK // (64 * KIB) in regions
+        assert Path(volume.config.disk).read_bytes()[99 * BLOCK] == 0  # what a copy gets to read now
+        landing.set()
+        await client.has(w(100))
+        with pytest.raises(Conflict):
+            await volume.clear_dirty(name, regions)
+        assert volume.dirty_count
 
 
 def test_what_the_disk_may_lack_is_redone_before_anything_is_served(tmp_path: Path) -> None:
