@@ -424,11 +424,15 @@ class Volume:
         self.frontend.pass_by()
 
     async def _climb(self) -> None:
-        """Open a new incarnation above everything that was ever given out."""
-        above = max(self.frontend.lsn, self.ladder.above_lsn)
+        """Open a new incarnation right behind everything that was ever captured.
+
+        Numbers given to writes that then went past the journal are no record's, nobody was told of them, and
+        they are given again: the server refuses an incarnation that leaves a gap.
+        """
         # Not in the side thread: dirty bits are written there meanwhile, and wait no longer than agreed.
         worker = Worker(f"{self.config.name}-climb")
         old, self._writer = self._writer, None
+        above = max(self._captured_lsn, old.appended_lsn if old else 0, self.ladder.above_lsn)
         try:
             recovered = await asyncio.wrap_future(worker.submit(lambda: self._look_again(old)))
             await self._aside(lambda: self._tidy(recovered.corrupt or ""))
