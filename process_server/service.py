@@ -100,10 +100,10 @@ class Peer:
             ipc.Position(self.id, volume, key, incarnation, position.lsn, position.digest)
         )
 
-    def close(self, code: str = "", text: str = "") -> None:
+    def close(self, code: str = "", text: str = "", volume: bytes | None = None) -> None:
         if not self.closing:
             self.closing = True
-            self.worker.channel.send(ipc.Close(self.id, code, text))
+            self.worker.channel.send(ipc.Close(self.id, code, text, volume or b""))
 
 
 class ProcessServer:
@@ -285,7 +285,7 @@ class ProcessServer:
                 else:
                     await self._next(peer, peer.session, message)
         except Refused as exc:
-            self._refuse(peer, exc.code, str(exc))
+            self._refuse(peer, exc.code, str(exc), exc.volume)
         except frames.ProtocolError as exc:
             self._refuse(peer, "protocol", str(exc))
         except AuthError as exc:
@@ -308,10 +308,10 @@ class ProcessServer:
                 if peer.control:
                     self.end_session(peer.session, "", "the control connection ended")
 
-    def _refuse(self, peer: Peer, code: str, text: str) -> None:
+    def _refuse(self, peer: Peer, code: str, text: str, volume: bytes | None = None) -> None:
         self.metrics.refused_frames.labels(code).inc()
         self._complain("peer_refused", peer.address, f"{code}: {text}")
-        peer.close(code, text)
+        peer.close(code, text, volume)
 
     async def _first(self, peer: Peer, message: m.Message) -> None:
         match message:

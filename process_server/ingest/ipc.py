@@ -83,11 +83,12 @@ class Position(Message, frozen=True):
 
 
 class Close(Message, frozen=True):
-    """Send ERROR ``code`` (when not empty), then close."""
+    """Send ERROR ``code`` (when not empty), about ``volume`` (when not empty), then close."""
 
     connection: int
     code: str
     text: str
+    volume: bytes = b""
 
 
 FOUND_DTYPE: Final = np.dtype([("found", "u1"), ("pack", "V16"), ("chunk", "<u4")])

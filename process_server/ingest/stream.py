@@ -151,9 +151,10 @@ class VolumeStream:
                 "an incarnation that is not new",
                 where=where,
                 why=f"ordinal {message.ordinal} after {here.ordinal}",
+                volume=self.id,
             )
         if message.first_lsn <= here.lsn or message.first_lsn <= message.previous_lsn:
-            raise Refused("conflict", "an incarnation that reuses LSNs", where=where)
+            raise Refused("conflict", "an incarnation that reuses LSNs", where=where, volume=self.id)
         continues = (
             (message.previous, message.previous_lsn) == (here.incarnation, here.lsn)
             and message.previous_digest in (here.digest, here.tail)
@@ -165,6 +166,7 @@ class VolumeStream:
                 "an incarnation that does not continue what the vault has",
                 where=where,
                 why=f"it follows LSN {message.previous_lsn}, here is {here.lsn}",
+                volume=self.id,
             )
         digest = first_digest(key, message.previous, message.previous_lsn, message.previous_digest)
         self.received = Position(message.id, message.ordinal, message.first_lsn - 1, digest)

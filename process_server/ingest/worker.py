@@ -374,10 +374,10 @@ class Worker:
                     session.sizes[volume] = size_bytes
                     if not size_bytes:
                         session.streams.pop(volume, None)
-            case ipc.Close(connection=id, code=code, text=text):
+            case ipc.Close(connection=id, code=code, text=text, volume=volume):
                 if (line := self.lines.get(id)) is not None:
                     if code:
-                        line.connection.refuse(code, text)
+                        line.connection.refuse(code, text, volume or None)
                     else:
                         line.connection.close()
             case ipc.Forget(session=session_id):

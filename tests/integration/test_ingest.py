@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from blake3 import blake3
 
 from farshore.errors import Conflict, Failed
+from farshore.ids import new_id
 from farshore.wire import messages as m
 from process_server import service
 from tests.harness.ingest import BLOCK, Agent, Site, Wire, close_all
@@ -76,6 +78,35 @@ async def test_an_idle_mark_is_acknowledged_without_a_commit(tmp_path: Path) -> 
         third = await agent.vaulted(wire, agent.mark())
         assert third.seq == first.seq + 1
     assert site.commits()[-1].head.idle_since_ns is not None
+
+
+@pytest.mark.parametrize(("changes", "code"), [({"first_lsn": 7}, "gap"), ({"ordinal": 1}, "conflict")])
+async def test_an_incarnation_that_does_not_continue_is_refused_with_the_volume_that_needs_a_resync(
+    tmp_path: Path, changes: dict[str, int], code: str
+) -> None:
+    """Without its name the agent would only connect again, and be refused again, for ever."""
+    site = Site.make(tmp_path)
+    agent = Agent(site)
+    async with site.server(workers=1) as server:
+        wire, _ = await agent.connect(server.address)
+        await wire.send(agent.start())
+        agent.write([(0, b"a" * 4096)])
+        _, last_lsn, _, digest = agent.batches[-1]
+        await wire.send(*agent.data())
+        next_one = m.IncarnationStart(
+            agent.volume,
+            new_id(),
+            agent.ordinal + 1,
+            agent.incarnation,
+            last_lsn,
+            digest,
+            last_lsn + 1,
+            False,
+        )
+        await wire.send(msgspec.structs.replace(next_one, **changes))
+        error = await wire.ended()
+        assert error is not None
+        assert (error.code, error.volume) == (code, agent.volume)
 
 
 @pytest.mark.parametrize("fault", ["gap", "other", "cut", "hash", "beyond", "volume", "mark"])
