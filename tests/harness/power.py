@@ -6,17 +6,17 @@ real, once; afterwards any power cut of that run is rebuilt from the log: all th
 writes behind the last flush any subset, each possibly torn at a sector.
 """
 
-import json
 import os
 import random
 import struct
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from tests.harness.qemu import loop_over
 
 SECTOR_BYTES: Final = 512
 FLUSH: Final = 1
@@ -118,8 +118,8 @@ class PowerCuts:
 @contextmanager
 def logged_device(directory: Path, disk_bytes: int) -> Iterator[tuple[Path, Path]]:
     """A loop device of ``disk_bytes`` whose every request goes to a log. Yields (device, log)."""
-    disk, log, node = directory / "disk.img", directory / "disk.log", directory / "disk.fuse"
-    for path, size in ((disk, disk_bytes), (log, 0), (node, 0)):
+    disk, log = directory / "disk.img", directory / "disk.log"
+    for path, size in ((disk, disk_bytes), (log, 0)):
         path.touch()
         os.truncate(path, size)
     chain = {
@@ -128,31 +128,7 @@ def logged_device(directory: Path, disk_bytes: int) -> Iterator[tuple[Path, Path
         "file": {"driver": "file", "filename": str(disk)},
         "log": {"driver": "file", "filename": str(log)},
     }
-    export = {
-        "type": "fuse",
-        "id": "disk",
-        "node-name": "logged",
-        "mountpoint": str(node),
-        "writable": True,
-        "growable": False,
-    }
-    daemon = subprocess.Popen(
-        ["qemu-storage-daemon", "--blockdev", json.dumps(chain), "--export", json.dumps(export)],
-        stdin=subprocess.DEVNULL,
-    )
-    device = ""
-    try:
-        deadline = time.monotonic() + 10
-        while node.stat().st_size != disk_bytes:
-            assert daemon.poll() is None, "qemu-storage-daemon ended"
-            assert time.monotonic() < deadline, "the FUSE export did not appear"
-            time.sleep(0.02)
-        # A number of our own: the test that rebuilds cuts takes it again, and no other may come between.
-        device = f"/dev/loop{1000 + os.getpid() % 100_000}"
-        subprocess.run(["losetup", device, str(node)], check=True)
-        yield Path(device), log
-    finally:
-        if device:
-            subprocess.run(["losetup", "--detach", device], check=False)
-        daemon.terminate()
-        daemon.wait(timeout=20)
+    # A number of our own: the test that rebuilds cuts takes it again, and no other may come between.
+    number = f"/dev/loop{1000 + os.getpid() % 100_000}"
+    with loop_over(directory, chain, disk_bytes, number) as (device, _):
+        yield device, log

@@ -29,14 +29,15 @@ T = TypeVar("T", bound=msgspec.Struct)
 class TapHost:
     """An agent's directory with its tap; volumes on image files beside it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, log: Path | None = None) -> None:
+        """``log``: where the tap's messages go; into the directory by default."""
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.layout = config.Layout(directory)
         self.layout.run.mkdir(exist_ok=True)
         config.save(directory, config.AgentConfig("test", MACHINE, "22" * 16, ("127.0.0.1:1",)))
         self.process: subprocess.Popen[bytes] | None = None
-        self.log = directory / "tap.log"
+        self.log = log or directory / "tap.log"
         self.ready: dict[str, Any] = {}
 
     def add(self, name: str = "disk", size: int = 64 * MIB, **settings: Any) -> VolumeConfig:

@@ -1,0 +1,310 @@
+"""F13: a disk that answers no request at all, the journal's or a protected one; other volumes do not notice.
+
+The block device really hangs: the process that serves it is stopped, and whoever waits for it is in
+uninterruptible sleep. Nothing in the tap is traced or told.
+"""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.capture import control
+from agent.capture.control import Status, TapStatus, VolumeStatus
+from agent.config import Layout
+from farshore.nbd.client import connect, parse_uri
+from farshore.site import Site, wait_for
+from farshore.stamps import Workload, check_prefix
+from farshore.units import MIB
+from farshore.workload import Ledger, LedgerState
+from tests.harness.latency import Latency
+from tests.harness.qemu import HangingDevice, hanging_device
+from tests.harness.tap import TapHost
+
+pytestmark = [
+    pytest.mark.needs("qemu-storage-daemon", "loop", "fuse", "root", "losetup", "mkfs.ext4"),
+    pytest.mark.timeout(240),
+]
+
+STALL_MAX_S = 2.0
+"""``journal_stall_max`` as it is by default."""
+MARGIN_S = 1.0
+"""The stall is looked for every 0.1 s, and up to 1 s is spent on leaving word of it on the disk."""
+HANGS_S = 6.0
+DISK_HANGS_S = 10.0
+OTHERS_WAIT_S = 1.0
+"""A volume whose own disk and journal are well owes nothing to the one that hangs: what is left is a journal
+synced every few milliseconds and a machine busy with the test."""
+PENDING_BYTES_MAX = 64 * MIB
+FLIGHT_BYTES_MAX = 2 * MIB
+"""What one read of the socket brings after the last look at that bound."""
+MACHINE = "m1"
+
+
+@contextmanager
+def journal_on_device(root: Path, folder: Path) -> Iterator[HangingDevice]:
+    """An agent's directory on a file system of its own, whose device can hang."""
+    folder.mkdir(parents=True)
+    with hanging_device(root / "device", 1024 * MIB) as device:
+        subprocess.run(["mkfs.ext4", "-q", device.path], check=True)
+        subprocess.run(["mount", device.path, folder], check=True)
+        try:
+            (folder / "lost+found").rmdir()
+            yield device
+        finally:
+            wait_for(lambda: _unmounted(folder), 30, "the mount to be free")
+
+
+def _unmounted(folder: Path) -> bool:
+    """What was killed may take a moment to end."""
+    return subprocess.run(["umount", folder], check=False, capture_output=True).returncode == 0
+
+
+@contextmanager
+def written(uri: str, workload: Workload, ledger: Path, rate: int = 500) -> Iterator[None]:
+    """Stamped writes from a process of its own; every one of them is answered when this ends."""
+    words = [sys.executable, "-m", "farshore.workload", uri, "--ledger", ledger, "--seed", workload.seed]
+    words += ["--first-block", workload.first_block, "--block-count", workload.block_count, "--rate", rate]
+    process = subprocess.Popen([*map(str, words), "--flush-seconds", "0.2"])
+    try:
+        wait_for(lambda: begun(ledger), 20, "the workload's first flush")
+        yield
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def begun(ledger: Path) -> bool:
+    if not ledger.exists():
+        return False
+    with ledger.open("rb") as file:
+        if file.read(1) in (b"", b"\0"):
+            return False  # it is being made
+    return state_of(ledger).flushed > 0
+
+
+def state_of(ledger: Path) -> LedgerState:
+    known = Ledger(ledger)
+    state = known.state()
+    known.close()
+    return state
+
+
+def acked(ledger: Path) -> int:
+    """How many writes were answered: all that were sent, none with an error, over one connection."""
+    state = state_of(ledger)
+    assert (state.errors, state.reconnects) == (0, 0)
+    assert state.acked == state.sent > 0
+    return state.acked
+
+
+def tap_status(directory: Path, name: str) -> VolumeStatus:
+    found = control.call(Layout(directory).tap_socket, Status(), TapStatus)
+    return next(volume for volume in found.volumes if volume.name == name)
+
+
+def check_image(content: bytes, workload: Workload, seq: int | None = None) -> int:
+    """The image holds an exact prefix (all of ``seq`` writes, if given) of the workload; returns its end."""
+    report = check_prefix(workload, lambda offset, length: content[offset : offset + length])
+    assert report.exact, report
+    assert seq is None or report.seq == seq
+    return report.seq
+
+
+def server_view(site: Site, volume: str) -> dict[str, Any]:
+    found = site.json("status")["machines"][0]["volumes"]
+    return next(entry for entry in found if entry["name"] == volume)
+
+
+@contextmanager
+def running(root: Path) -> Iterator[Site]:
+    """A gateway with one enrolled agent, not started yet if its directory is to be prepared."""
+    site = Site(root)
+    try:
+        site.init()
+        site.start_server()
+        yield site
+    finally:
+        site.close()
+
+
+def points(site: Site) -> list[dict[str, Any]]:
+    found = site.json("point", "list", MACHINE)
+    assert isinstance(found, list)
+    return found
+
+
+def test_a_journal_whose_device_hangs_costs_the_workload_no_more_than_agreed(tmp_path: Path) -> None:
+    """Down to the dirty map within ``journal_stall_max``, and by itself back to points that are whole."""
+    workload = Workload(seed=13, first_block=16, block_count=32 * MIB // 4096 - 16)
+    disk, ledger = tmp_path / "disk.img", tmp_path / "ledger"
+    with disk.open("wb") as file:
+        file.truncate(32 * MIB)
+    folder = tmp_path / "agent-m1"
+    with journal_on_device(tmp_path, folder) as device, running(tmp_path) as site:
+        site.enrol(MACHINE)
+        site.start_agent(MACHINE)
+        uri = site.protect(MACHINE, "v", disk)["uri"]
+        with written(uri, workload, ledger), Latency(uri, flush=True) as latency:
+            before = len(points(site))
+            with device.hung() as hung:
+                wait_for(lambda: server_view(site, "v")["state"] == "degraded", HANGS_S, "a word of trouble")
+                assert server_view(site, "v")["capture_mode"] == "bitmap"
+                answered = len(latency.flushes)
+                time.sleep(max(0.0, hung + HANGS_S - time.monotonic()))  # the fault lasts that long
+                assert len(latency.flushes) > answered + 50, "the workload does not go on past the journal"
+            wait_for(lambda: server_view(site, "v")["capture_mode"] == "data", 60, "the journal's return")
+            wait_for(lambda: server_view(site, "v")["state"] == "protected", 60, "the copy that heals")
+        # Mostly a FLUSH waits, since a write is answered when the journal's page cache has it.
+        assert STALL_MAX_S / 2 < latency.longest(hung) < STALL_MAX_S + MARGIN_S
+        last = acked(ledger)
+        site.json("point", "create", MACHINE, "--tag", "whole again", "--wait", "vaulted")
+        content = disk.read_bytes()
+        check_image(content, workload, last)
+        assert content[:4096] == latency.content
+        listed = points(site)
+        image = tmp_path / "image"
+        site.recover(MACHINE, "latest", image, "--force")
+        assert image.read_bytes() == content
+        # What was offered while it hung, or is now, is the disk as it once was.
+        offered = [point for point in listed[before:] if point["consistency"] != "fuzzy"]
+        assert len(offered) < len(listed) - before, "no point said that it was fuzzy"
+        assert offered[-1]["tag"] == "whole again"
+        seqs = []
+        for point in offered[:: max(1, len(offered) // 4)]:
+            site.recover(MACHINE, point["id"], image, "--force")
+            seqs.append(check_image(image.read_bytes(), workload))
+        assert seqs == sorted(seqs)
+
+
+def test_who_prefers_to_wait_for_a_hung_journal_loses_nothing(tmp_path: Path) -> None:
+    """``on_journal_lost = "wait"``: no write goes past the journal; all go on when it does."""
+    workload = Workload(seed=14, first_block=16, block_count=32 * MIB // 4096 - 16)
+    ledger = tmp_path / "ledger"
+    folder = tmp_path / "agent"
+    log = tmp_path / "tap.log"
+    with journal_on_device(tmp_path, folder) as device, TapHost(folder, log=log) as host:
+        disk = tmp_path / "disk.img"
+        with disk.open("wb") as file:
+            file.truncate(32 * MIB)
+        host.add("v", disk=disk, on_journal_lost="wait")
+        host.start()
+        uri = host.uri("v")
+        with written(uri, workload, ledger), Latency(uri, flush=True) as latency:
+            with device.hung() as hung:
+                wait_for(
+                    lambda: 0 < latency.under_way_since < time.monotonic() - STALL_MAX_S - MARGIN_S,
+                    20,
+                    "a request that waits longer than the others' bound",
+                )
+                assert "journal_in_trouble" in host.log_text(), "the operator is not told"
+            wait_for(lambda: latency.under_way_since > hung + STALL_MAX_S, 30, "the answer")
+        assert latency.longest(hung) > STALL_MAX_S + MARGIN_S
+        status = host.status("v")
+        assert (status.mode, status.lost, status.dirty_regions) == ("data", False, 0)
+        assert not host.cut("all of it").decoded().volumes[0].fuzzy
+        last = acked(ledger)
+        assert host.stop() == 0
+        check_image(disk.read_bytes(), workload, last)
+
+
+def test_a_disk_that_hangs_holds_up_no_other_volume(tmp_path: Path) -> None:
+    """Its own writes wait within bounds, its FLUSHes for ever; cuts, and the other's points, go on."""
+    hung_load = Workload(seed=15, first_block=16, block_count=16 * MIB // 4096)
+    well_load = Workload(seed=16, first_block=16, block_count=16 * MIB // 4096)
+    well_disk = tmp_path / "well.img"
+    with well_disk.open("wb") as file:
+        file.truncate(32 * MIB)
+    flood_at, flood_count = 32 * MIB, 80
+    flood_content = [bytes([1 + at]) * MIB for at in range(flood_count)]
+    with hanging_device(tmp_path / "device", 128 * MIB) as device, running(tmp_path) as site:
+        site.enrol(MACHINE)
+        site.start_agent(MACHINE)
+        directory = site.agent_dir(MACHINE)
+        hung_uri = site.protect(MACHINE, "hung", device.path)["uri"]
+        well_uri = site.protect(MACHINE, "well", well_disk)["uri"]
+        with (
+            written(hung_uri, hung_load, tmp_path / "hung.ledger"),
+            written(well_uri, well_load, tmp_path / "well.ledger"),
+            Latency(well_uri, flush=True) as well,
+        ):
+            device.forget_cached()
+            with flooded(hung_uri, flood_at, flood_content) as flood, device.hung() as hung:
+                flood.thread.start()
+                highest = 0
+                wait_for(
+                    lambda: tap_status(directory, "hung").held_bytes > PENDING_BYTES_MAX / 2, 20, "a jam"
+                )
+                # One look at counters: the hung disk has no part in it, nor in the way to the vault.
+                before = server_view(site, "well")["vaulted_lsn"]
+                asked = time.monotonic()
+                made = site.json(
+                    "point", "create", MACHINE, "--tag", "meanwhile", "--wait", "vaulted", "--timeout", "20s"
+                )["point"]
+                cut_s = time.monotonic() - asked
+                assert server_view(site, "well")["vaulted_lsn"] > before
+                assert server_view(site, "well")["state"] == "protected"
+                flushed = state_of(tmp_path / "hung.ledger").flushed
+                while time.monotonic() < hung + DISK_HANGS_S:
+                    highest = max(highest, tap_status(directory, "hung").held_bytes)
+                    time.sleep(0.05)
+                assert not flood.done, "writes are taken in without end"
+                assert state_of(tmp_path / "hung.ledger").flushed == flushed, "a FLUSH was answered"
+                assert well.longest(hung) < OTHERS_WAIT_S
+                assert len(well.flushes) > 100
+                assert highest < PENDING_BYTES_MAX + FLIGHT_BYTES_MAX
+                assert cut_s < DISK_HANGS_S / 2
+        device_content = device.path.read_bytes()
+        check_image(device_content, hung_load, acked(tmp_path / "hung.ledger"))
+        check_image(well_disk.read_bytes(), well_load, acked(tmp_path / "well.ledger"))
+        for number, content in enumerate(flood_content):
+            assert device_content[flood_at + number * MIB :][:MIB] == content
+        site.json("point", "create", MACHINE, "--tag", "end", "--wait", "vaulted")
+        images = tmp_path / "images"
+        listed = {point["id"]: point for point in points(site)}
+        assert listed[made]["consistency"] == "crash"
+        for point in ("latest", made):
+            site.recover(MACHINE, point, images, "--force")
+            hung_image, well_image = (images / f"{name}.raw" for name in ("hung", "well"))
+            check_image(hung_image.read_bytes(), hung_load)
+            check_image(well_image.read_bytes(), well_load)
+            if point == "latest":
+                assert hung_image.read_bytes() == device_content
+                assert well_image.read_bytes() == well_disk.read_bytes()
+
+
+class Flood:
+    """Large writes of one client, all sent at once."""
+
+    def __init__(self, uri: str, offset: int, contents: list[bytes]) -> None:
+        self._uri, self._offset, self._contents = uri, offset, contents
+        self.done = False
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._write()), daemon=True)
+
+    async def _write(self) -> None:
+        address, export = parse_uri(self._uri)
+        async with connect(address, export) as client, asyncio.TaskGroup() as tasks:
+            # Half a sector's page that nobody has read: the write needs the disk's answer first.
+            await client.write(self._offset + len(self._contents) * MIB + 512, bytes(512))
+            at = self._offset
+            for content in self._contents:
+                tasks.create_task(client.write(at, content))
+                at += len(content)
+        self.done = True
+
+
+@contextmanager
+def flooded(uri: str, offset: int, contents: list[bytes]) -> Iterator[Flood]:
+    flood = Flood(uri, offset, contents)
+    yield flood
+    flood.thread.join(60)
+    assert flood.done, "a write was never answered"
