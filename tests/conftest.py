@@ -2,6 +2,11 @@
 
 A test says what it needs from the host with ``@pytest.mark.needs("fio", "loop", "py:nbd")``. What is not
 there makes it *unavailable*: listed by name at the end, written to the result, failed with ``--require-all``.
+
+A test that breaks something on purpose says what with ``@pytest.mark.fault("F1")``, by the number in the
+fault matrix (`tests.harness.faults`), and counts each fault that really happened with the ``injected``
+fixture. The sums, and how many of those tests failed, are printed at the end and written to the result. One
+that passes without having counted a fault fails: it has shown nothing.
 """
 
 import functools
@@ -11,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from fcntl import ioctl
 from importlib.machinery import ModuleSpec, PathFinder
@@ -22,6 +28,7 @@ import hypothesis
 import pytest
 
 from farshore.cli.test import RESULT_ENVIRONMENT
+from tests.harness.faults import FAULTS, Injected
 
 _LOOP_CTL_GET_FREE: Final = 0x4C82  # linux/loop.h
 
@@ -103,10 +110,18 @@ class _Record:
         self.failed: set[str] = set()
         self.unavailable: dict[str, list[str]] = {}
         self.needs: dict[str, list[str]] = {}
+        self.injected: Counter[str] = Counter()
+        self.violations: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.nodeid in self.needs:
             self.unavailable[report.nodeid] = self.needs[report.nodeid]
+        for name, value in report.user_properties:
+            if name == _FAULTS and report.when == "teardown" and report.nodeid not in self.unavailable:
+                assert isinstance(value, dict)
+                self.injected.update(value)
+                if report.failed or report.nodeid in self.failed:
+                    self.violations.update(value.keys())
         if report.failed:
             self.failed.add(report.nodeid)
         elif report.when == "call" and not _is_skip(report):
@@ -131,15 +146,30 @@ class _Record:
             "unavailable": [
                 {"test": test, "needs": needs} for test, needs in sorted(self.unavailable.items())
             ],
+            "faults": self.faults(),
         }
         Path(self.target).write_text(json.dumps(result))
 
+    def faults(self) -> list[dict[str, object]]:
+        """What was injected, by class, in the order of the matrix."""
+        return [
+            {"fault": fault, "injected": self.injected[fault], "violations": self.violations[fault]}
+            for fault in FAULTS
+            if fault in self.injected
+        ]
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if not self.unavailable:
-            return
-        terminalreporter.section("unavailable here")
-        for test, needs in sorted(self.unavailable.items()):
-            terminalreporter.line(f"{test} needs {', '.join(needs)}")
+        if faults := self.faults():
+            terminalreporter.section("faults injected")
+            terminalreporter.line(f"{'':5} {'injected':>9} {'violations':>10}")
+            for row in faults:
+                fault = str(row["fault"])
+                line = f"{fault:5} {row['injected']:9,} {row['violations']:10}  {FAULTS[fault]}"
+                terminalreporter.line(line)
+        if self.unavailable:
+            terminalreporter.section("unavailable here")
+            for test, needs in sorted(self.unavailable.items()):
+                terminalreporter.line(f"{test} needs {', '.join(needs)}")
 
 
 def _is_skip(report: pytest.TestReport) -> bool:
@@ -152,6 +182,7 @@ def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 
 _RECORD: Final = pytest.StashKey[_Record]()
+_FAULTS: Final = "faults"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -182,6 +213,10 @@ def _needs(item: pytest.Item) -> Iterable[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if faults := [str(name) for marker in item.iter_markers("fault") for name in marker.args]:
+        unknown = sorted(set(faults) - FAULTS.keys())
+        assert not unknown, f"not in tests/conftest.py: {unknown}"
+        item.user_properties.append((_FAULTS, dict.fromkeys(faults, 0)))
     missing = sorted({name for name in _needs(item) if not is_available(name)})
     if missing:
         item.config.stash[_RECORD].needs[item.nodeid] = missing
@@ -192,12 +227,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     record = item.config.stash[_RECORD]
+    counted = dict(item.user_properties).get(_FAULTS)
+    if report.when == "call" and report.passed and isinstance(counted, dict) and not all(counted.values()):
+        without = ", ".join(fault for fault, count in counted.items() if not count)
+        report.outcome, report.longrepr = "failed", f"no fault was injected: {without}"
     if _is_skip(report):
         reason = _skip_reason(report)
         record.needs.setdefault(item.nodeid, [reason])
         if record.require_all:
             report.outcome, report.longrepr = "failed", f"unavailable: {reason}"
     return report
+
+
+@pytest.fixture
+def injected(request: pytest.FixtureRequest) -> Injected:
+    """For a test marked ``fault``: ``injected("F1")``, or with how many."""
+    found = dict(request.node.user_properties)[_FAULTS]
+    assert isinstance(found, dict)
+    return Injected(found)
 
 
 @pytest.fixture

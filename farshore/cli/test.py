@@ -26,6 +26,20 @@ class Unavailable(msgspec.Struct, frozen=True):
     needs: list[str]
 
 
+class FaultCount(msgspec.Struct, frozen=True):
+    """What was done to the product on purpose: a class of faults, by its number in the fault matrix.
+
+    Attributes:
+        fault: F1, F2 …
+        injected: Faults that tests counted once they had happened.
+        violations: Tests of this class that failed.
+    """
+
+    fault: str
+    injected: int
+    violations: int
+
+
 class TestRun(msgspec.Struct, frozen=True):
     """What a run came to. A test with a failing setup, call or teardown is one failed test."""
 
@@ -34,6 +48,7 @@ class TestRun(msgspec.Struct, frozen=True):
     ran: int
     failed: int
     unavailable: list[Unavailable]
+    faults: list[FaultCount] = []
 
 
 @click.command("test", context_settings={"ignore_unknown_options": True})

@@ -11,16 +11,23 @@ from pathlib import Path
 import pytest
 
 from farshore.failpoints import known_failpoints
+from tests.harness.faults import Injected
 from tests.harness.ingest import Agent, Ended, Site, close_all
 
 pytestmark = pytest.mark.timeout(120)
 
-POINTS = sorted(name for name in known_failpoints() if name.startswith("ingest."))
+BATCHES_MAX = 30
+POINTS = sorted(name for name in known_failpoints() if name.startswith(("ingest.", "vault.chain.")))
+OFTEN = [(point, hit) for point in POINTS for hit in (1, 3) if hit == 1 or point != "ingest.before_fence"]
+MORE_OFTEN = [(point, hit) for point in POINTS for hit in (2, 4, 5, 6) if point != "ingest.before_fence"]
+"""A server puts up its fence once."""
 
 
-@pytest.mark.parametrize("hit", [1, 3])
-@pytest.mark.parametrize("point", POINTS)
-async def test_nothing_acknowledged_is_lost(tmp_path: Path, point: str, hit: int) -> None:
+@pytest.mark.fault("F1")
+@pytest.mark.parametrize(
+    ("point", "hit"), [*OFTEN, *(pytest.param(*at, marks=pytest.mark.nightly) for at in MORE_OFTEN)]
+)
+async def test_nothing_acknowledged_is_lost(tmp_path: Path, point: str, hit: int, injected: Injected) -> None:
     site = Site.make(tmp_path)
     agent = Agent(site, size_bytes=4 * 1024 * 1024)
     rng = random.Random(hit)
@@ -57,8 +64,13 @@ async def test_nothing_acknowledged_is_lost(tmp_path: Path, point: str, hit: int
         wire.close()
 
     server, port = await serve(f"{point}=kill:{hit}")
+    died = True
     with contextlib.suppress(Ended, OSError, TimeoutError):
-        await work(port)
+        while len(agent.batches) < BATCHES_MAX:
+            await work(port)
+        died = False
+    assert died, f"{point} is not reached {hit} times"
+    injected("F1")
     server.kill()
     await asyncio.to_thread(server.wait)
     commits = [commit for commit in site.commits() if commit.head.kind == "data"]

@@ -10,6 +10,7 @@ import pytest
 
 from agent.journal.segments import segment_path
 from farshore.units import KIB, MIB
+from tests.harness.faults import Injected
 from tests.harness.journal import held, look, marked, opened, put
 
 
@@ -60,13 +61,15 @@ def check(log: Log, kept: int, durable_lsn: int) -> None:
     assert (found.torn_tail_bytes > 0) == (kept > last_end and log.path.read_bytes()[last_end:] != b"")
 
 
-def test_cut_at_every_byte_of_the_last_records(tmp_path: Path) -> None:
+@pytest.mark.fault("F7")
+def test_cut_at_every_byte_of_the_last_records(tmp_path: Path, injected: Injected) -> None:
     log = written(tmp_path / "j", 12, 1, 300, 64 * KIB)
     for durable_lsn in (0, 10):
         whole = log.path.read_bytes()
         log.mark(durable_lsn)
         for kept in range(log.ends[-1], log.ends[-4] - 1, -1):
             os.truncate(log.path, kept)
+            injected("F7")
             found = look(log.directory)
             assert found.last_lsn == (log.whole_at(kept) if found.corrupt is None else 0)
             assert (found.corrupt is not None) == (log.whole_at(kept) < durable_lsn)
@@ -76,18 +79,25 @@ def test_cut_at_every_byte_of_the_last_records(tmp_path: Path) -> None:
         log.path.write_bytes(whole)
 
 
-def test_cut_at_sampled_bytes_of_a_mebibyte(tmp_path: Path) -> None:
+@pytest.mark.fault("F7")
+@pytest.mark.timeout(3600)
+def test_cut_at_sampled_bytes_of_a_mebibyte(
+    tmp_path: Path, injected: Injected, request: pytest.FixtureRequest
+) -> None:
+    samples = 20_000 if request.config.getoption("--nightly") else 150
     rng = random.Random(7)
     log = written(tmp_path / "j", 60, 4, 4096, 2 * MIB)
     assert log.ends[-1] > MIB * 0.9
     durable_lsn = 100
     log.mark(durable_lsn)
-    for kept in sorted(rng.sample(range(log.ends[-1]), 150), reverse=True):
+    for kept in sorted(rng.sample(range(log.ends[-1]), samples), reverse=True):
         os.truncate(log.path, kept)
+        injected("F7")
         check(log, kept, durable_lsn)
 
 
-def test_every_bit_of_the_batches_and_of_the_header(tmp_path: Path) -> None:
+@pytest.mark.fault("F8")
+def test_every_bit_of_the_batches_and_of_the_header(tmp_path: Path, injected: Injected) -> None:
     """With all of it vouched for: told, or without effect. With nothing: a shorter log, never a wrong one."""
     log = written(tmp_path / "j", 3, 1, 20, 64 * KIB)
     raw = log.path.read_bytes()
@@ -100,6 +110,7 @@ def test_every_bit_of_the_batches_and_of_the_header(tmp_path: Path) -> None:
             for bit in bits:
                 at = bit // 8
                 os.pwrite(file.fileno(), bytes([raw[at] ^ 1 << bit % 8]), at)
+                injected("F8")
                 found = look(log.directory)
                 records = held(found) if found.segments else []
                 assert records == list(range(1, len(records) + 1))
@@ -111,8 +122,11 @@ def test_every_bit_of_the_batches_and_of_the_header(tmp_path: Path) -> None:
         assert harmless <= (padding + 64 * 8) * bool(durable_lsn)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_flipped_bits_of_a_log_of_several_segments(tmp_path: Path, seed: int) -> None:
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 60))]
+)
+def test_flipped_bits_of_a_log_of_several_segments(tmp_path: Path, seed: int, injected: Injected) -> None:
     """Below the mark: told, whichever segment it is. Between the batches' bytes nothing else is there."""
     rng = random.Random(seed)
     directory = tmp_path / "j"
@@ -130,6 +144,7 @@ def test_flipped_bits_of_a_log_of_several_segments(tmp_path: Path, seed: int) ->
         raw = segment.path.read_bytes()[at]
         with segment.path.open("r+b", buffering=0) as file:
             os.pwrite(file.fileno(), bytes([raw ^ 1 << rng.randrange(8)]), at)
+            injected("F8")
             found = look(directory)
             first = found.segments[0].first_lsn - 1 if found.segments else found.last_lsn
             records = held(found, first)

@@ -11,6 +11,7 @@ import pytest
 
 from agent.journal.recovery import lsn_before
 from farshore.units import MIB
+from tests.harness.faults import Injected
 from tests.harness.journal import held, look, marked, opened, put
 from tests.harness.power import FLUSH, PowerCuts, entries_so_far, logged_device
 
@@ -19,6 +20,8 @@ DISK_BYTES = 64 * MIB
 SUBSETS = 2
 """Random fates of the unflushed writes, per place of a cut."""
 CUTS = 30
+CUTS_NIGHTLY = 600
+"""Places between flushes; and half as many flushes, or all there are."""
 
 
 @contextmanager
@@ -45,12 +48,17 @@ def write_and_count(journal: Path, log: Path) -> list[tuple[int, int]]:
     return owed
 
 
+@pytest.mark.fault("F4")
+@pytest.mark.timeout(3600)
 @pytest.mark.needs("qemu-storage-daemon", "loop", "fuse", "root")
 @pytest.mark.parametrize(
     "filesystem",
     [pytest.param(name, marks=pytest.mark.needs(f"mkfs.{name}")) for name in ("ext4", "xfs", "btrfs")],
 )
-def test_every_durable_record_survives_every_cut(tmp_path: Path, filesystem: str) -> None:
+def test_every_durable_record_survives_every_cut(
+    tmp_path: Path, filesystem: str, injected: Injected, request: pytest.FixtureRequest
+) -> None:
+    count = CUTS_NIGHTLY if request.config.getoption("--nightly") else CUTS
     disk_bytes = {"ext4": DISK_BYTES, "xfs": 320 * MIB, "btrfs": 128 * MIB}[filesystem]
     make = f"mkfs.{filesystem}"
     with logged_device(tmp_path, disk_bytes) as (device, log):
@@ -64,13 +72,18 @@ def test_every_durable_record_survives_every_cut(tmp_path: Path, filesystem: str
     rng = random.Random(seed)
     cuts = PowerCuts(log, disk_bytes, tmp_path / "base.img")
     flushes = [at + 1 for at in range(begun, written) if cuts.entries[at].flags & FLUSH]
-    chosen = {*rng.sample(flushes, min(CUTS // 2, len(flushes))), *rng.sample(range(begun, written), CUTS)}
+    between = range(begun, written)
+    chosen = {
+        *rng.sample(flushes, min(count // 2, len(flushes))),
+        *rng.sample(between, min(count, len(between))),
+    }
     places = sorted(chosen)
     open_fates = 0
     for place in places:
         for _ in range(SUBSETS):
             image = tmp_path / "cut.img"
             open_fates += cuts.cut(place, image, rng)
+            injected("F4")
             durable = max((lsn for entries, lsn in owed if entries <= place), default=0)
             check(image, tmp_path / "cut", durable, f"seed {seed}, cut after {place}")
     cuts.close()

@@ -31,6 +31,7 @@ from process_server.vault.chain import Chain
 from process_server.vault.keys import RecoveryKey, VaultKeys, open_vault
 from process_server.vault.store.protocol import Store
 from process_server.vault.store.url import open_store
+from tests.harness.faults import Injected
 from tests.harness.power import PowerCuts, entries_so_far, logged_device
 
 MIB = 1 << 20
@@ -193,13 +194,14 @@ def _check_vault(store: Store, keys: VaultKeys, machine: bytes, vaulted_lsn: int
     return int(head.head.seq)
 
 
+@pytest.mark.fault("F4")
 @pytest.mark.timeout(1500)
 @pytest.mark.needs("qemu-storage-daemon", "loop", "fuse", "mkfs.ext4")
 def test_no_power_cut_loses_what_was_acknowledged(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
+    injected: Injected,
     request: pytest.FixtureRequest,
 ) -> None:
     seed = 20261121
@@ -212,6 +214,7 @@ def test_no_power_cut_loses_what_was_acknowledged(
     open_writes = 0
     for number, end in enumerate(ends):
         open_writes += cuts.cut(end, image, rng)
+        injected("F4")
         told = _told_at(run, end)
         with _mounted(image, run.device, run.mount):
             page.unlink(missing_ok=True)
@@ -228,4 +231,3 @@ def test_no_power_cut_loses_what_was_acknowledged(
             store.close()
     cuts.close()
     assert open_writes > count, "the cuts fell where nothing was open: they proved nothing"
-    record_property("F4", f"{len(ends)} power cuts, {open_writes} writes of open fate, seed {seed}, ext4")

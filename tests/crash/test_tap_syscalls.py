@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from farshore.units import KIB
+from tests.harness.faults import Injected
 from tests.harness.tap import TapHost
 from tests.integration.test_tap_crash import SIZE, check_disk, load, restart
 
@@ -36,11 +37,12 @@ def numbers(call: str, samples: int) -> list[int]:
     return sorted(random.Random(call).sample(range(1, most + 1), min(samples, most)))
 
 
+@pytest.mark.fault("F2")
 @pytest.mark.needs("strace")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("call", list(CALLS))
 def test_killed_at_any_system_call_nothing_answered_is_lost(
-    tmp_path: Path, call: str, request: pytest.FixtureRequest
+    tmp_path: Path, call: str, request: pytest.FixtureRequest, injected: Injected
 ) -> None:
     samples = SAMPLES_NIGHTLY if request.config.getoption("--nightly") else SAMPLES
     for number in numbers(call, samples):
@@ -59,6 +61,7 @@ def test_killed_at_any_system_call_nothing_answered_is_lost(
                 if started:
                     wait_for_death(host, f"{call} number {number}")
                     restart(host)
+                injected("F2")
                 time.sleep(0.2)
             assert host.stop() == 0
             check_disk(host, config, folder / "ledger")

@@ -17,6 +17,7 @@ from farshore.site import Daemon, Site, run, wait_for
 from farshore.stamps import BLOCK_BYTES, Workload, check_prefix
 from farshore.units import MIB
 from farshore.workload import Ledger
+from tests.harness.faults import Injected
 
 pytestmark = pytest.mark.timeout(240)
 FAST = {"FARSHORE_LOG_LEVEL": "info"}
@@ -158,7 +159,8 @@ def test_a_volume_protected_without_an_agent_is_served_when_it_starts(site: Site
     wait_for(lambda: _state(site) == "protected", 60, "it is protected")
 
 
-def test_an_agent_killed_in_the_middle_of_copying_goes_on(site: Site) -> None:
+@pytest.mark.fault("F1")
+def test_an_agent_killed_in_the_middle_of_copying_goes_on(site: Site, injected: Injected) -> None:
     env = {"FARSHORE_FAILPOINTS": "agent.before_ack_taken=kill:2"}
     site.start_agent("db1", env=env)
     folder = site.agent_dir("db1")
@@ -166,6 +168,7 @@ def test_an_agent_killed_in_the_middle_of_copying_goes_on(site: Site) -> None:
     site.cli("volume", "protect", "data", "--agent", folder, "--disk", disk, "--capture", "tap-nbd")
     writing = Writing(site, site.volume("db1", "data")["uri"], 2000)
     wait_for(lambda: site.agents["db1"].process.poll() is not None, 60, "the agent died")
+    injected("F1")
     tap = site.tap_pid("db1")
     assert tap is not None
     site.agents.pop("db1").kill()
@@ -176,8 +179,9 @@ def test_an_agent_killed_in_the_middle_of_copying_goes_on(site: Site) -> None:
     assert not _events(site, "continuity_lost")
 
 
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize("both", [False, True])
-def test_a_killed_tap_comes_back_and_nothing_is_compared(site: Site, both: bool) -> None:
+def test_a_killed_tap_comes_back_and_nothing_is_compared(site: Site, both: bool, injected: Injected) -> None:
     site.start_agent("db1")
     volume = site.protect("db1", "data", _disk(site))
     writing = Writing(site, volume["uri"], 2000)
@@ -189,6 +193,7 @@ def test_a_killed_tap_comes_back_and_nothing_is_compared(site: Site, both: bool)
         site.start_agent("db1")
     else:
         os.kill(pid, signal.SIGKILL)
+    injected("F1")
     wait_for(lambda: site.tap_pid("db1") not in (None, pid), 20, "another tap")
     wait_for(lambda: len(_events(site, "volume_opened")) > 1, 20, "it opened the volume")
     time.sleep(1)
@@ -223,7 +228,10 @@ def test_a_tap_of_the_service_manager_is_neither_started_nor_stopped(site: Site)
         assert tap.wait(timeout=60) == 0
 
 
-def test_an_agent_killed_before_it_starts_its_tap_can_be_started_again(site: Site) -> None:
+@pytest.mark.fault("F1")
+def test_an_agent_killed_before_it_starts_its_tap_can_be_started_again(
+    site: Site, injected: Injected
+) -> None:
     try:
         site.start_agent("db1", env={"FARSHORE_FAILPOINTS": "agent.before_tap_start=kill"})
     except Failed:
@@ -231,10 +239,12 @@ def test_an_agent_killed_before_it_starts_its_tap_can_be_started_again(site: Sit
     else:
         wait_for(lambda: site.agents["db1"].process.poll() is not None, 60, "it dies")
         site.agents.pop("db1").kill()
+    injected("F1")
     site.start_agent("db1")
     site.protect("db1", "data", _disk(site))
 
 
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize(
     "place",
     [
@@ -246,7 +256,7 @@ def test_an_agent_killed_before_it_starts_its_tap_can_be_started_again(site: Sit
         "agent.before_ack_taken",
     ],
 )
-def test_an_agent_killed_anywhere_loses_nothing(site: Site, place: str) -> None:
+def test_an_agent_killed_anywhere_loses_nothing(site: Site, place: str, injected: Injected) -> None:
     try:
         site.start_agent("db1", env={"FARSHORE_FAILPOINTS": f"{place}=kill"})
     except Failed:
@@ -270,6 +280,7 @@ def test_an_agent_killed_anywhere_loses_nothing(site: Site, place: str) -> None:
     if not dies_in_protect:
         writing = Writing(site, site.volume("db1", "data")["uri"], 1000)
     wait_for(lambda: site.agents["db1"].process.poll() is not None, 60, f"{place} was reached")
+    injected("F1")
     site.agents.pop("db1").kill()
     site.start_agent("db1")
     wait_for(lambda: _state(site) == "protected", 60, "it is protected")
@@ -277,6 +288,80 @@ def test_an_agent_killed_anywhere_loses_nothing(site: Site, place: str) -> None:
         writing = Writing(site, site.volume("db1", "data")["uri"], 1000)
         time.sleep(1)
     _recovered_is_exact(site, writing, writing.stop())
+
+
+def _dead(site: Site, place: str) -> None:
+    """The agent dies at ``place``; the tap lives on."""
+    wait_for(lambda: site.agents["db1"].process.poll() is not None, 60, f"{place} was reached")
+    assert site.agents["db1"].process.returncode == -signal.SIGKILL
+    site.agents.pop("db1").kill()
+
+
+@pytest.mark.fault("F1")
+def test_killed_before_what_was_healed_is_unmarked_it_is_healed_again(site: Site, injected: Injected) -> None:
+    folder = site.agent_dir("db1")
+    place = "agent.before_dirty_clear"
+    site.cli("volume", "protect", "data", "--agent", folder, "--disk", _disk(site), "--capture", "tap-nbd")
+    path = folder / "volumes" / "data" / "volume.toml"
+    kept = [line for line in path.read_text().splitlines() if not line.startswith(("segment_", "quota_"))]
+    small = [f"segment_bytes = {MIB}", f"quota_bytes = {4 * MIB}"]
+    path.write_text("\n".join([*small, *kept, ""]))
+    site.start_agent("db1", env={"FARSHORE_FAILPOINTS": f"{place}=kill"})
+    wait_for(lambda: _state(site) == "protected", 60, "it is protected")
+    site.kill_server()
+    writing = Writing(site, site.volume("db1", "data")["uri"], 5000, rate=2000)
+    wait_for(lambda: site.volume("db1", "data")["capture_mode"] == "bitmap", 60, "the journal is full")
+    time.sleep(0.5)  # and goes on being written past
+    site.start_server()
+    _dead(site, place)
+    injected("F1")
+    site.start_agent("db1")
+    acked = writing.stop()
+    wait_for(lambda: _state(site) == "protected", 60, "it is protected")
+    site.cli("point", "create", "db1", "--tag", "healed", "--wait", "vaulted")
+    assert site.json("point", "list", "db1")[-1]["consistency"] == "crash"
+    out = site.directory / "healed.raw"
+    site.recover("db1", "latest", out)
+    assert out.read_bytes() == (site.directory / "disk.img").read_bytes()
+    assert acked > 5000
+    assert not _events(site, "continuity_lost")
+
+
+@pytest.mark.fault("F1")
+def test_killed_after_a_compare_was_required_it_is_compared(site: Site, injected: Injected) -> None:
+    place = "agent.after_resync_required"
+    site.start_agent("db1")
+    site.protect("db1", "data", _disk(site))
+    site.kill_agent("db1")
+    for path in (site.agent_dir("db1") / "volumes" / "data").iterdir():
+        if path.name != "volume.toml":
+            path.unlink()  # what the vault has last is in no journal any more
+    site.start_agent("db1", env={"FARSHORE_FAILPOINTS": f"{place}=kill"})
+    _dead(site, place)
+    injected("F1")
+    site.start_agent("db1")
+    writing = Writing(site, site.volume("db1", "data")["uri"], 1000)
+    time.sleep(1)
+    acked = writing.stop()
+    wait_for(lambda: _state(site) == "protected", 60, "it is protected")
+    _recovered_is_exact(site, writing, acked)
+    assert [line["kind"] for line in _events(site, "copying_started")][-1] == "resync"
+
+
+@pytest.mark.fault("F1")
+def test_copiers_killed_before_a_copy_lose_nothing(site: Site, injected: Injected) -> None:
+    site.start_agent("db1", env={"FARSHORE_FAILPOINTS": "agent.copier_before_copy=kill:2"})
+    folder, disk = site.agent_dir("db1"), _disk(site)
+    site.cli("volume", "protect", "data", "--agent", folder, "--disk", disk, "--capture", "tap-nbd")
+    wait_for(lambda: len(_events(site, "copier_ended")) >= 3, 60, "three of them die")
+    injected("F1", len(_events(site, "copier_ended")))
+    assert _state(site) == "initial-replication"
+    site.agents.pop("db1").kill()
+    site.start_agent("db1")
+    wait_for(lambda: _state(site) == "protected", 60, "it is protected")
+    out = site.directory / "out.raw"
+    site.recover("db1", "latest", out)
+    assert out.read_bytes() == disk.read_bytes()
 
 
 @pytest.mark.needs("loop", "fuse", "qemu-storage-daemon", "losetup", "blkid")

@@ -22,9 +22,10 @@ from agent import config as agent_config
 from farshore import pki
 from farshore.client import Client, load
 from farshore.ids import new_id
-from farshore.site import Site, run
+from farshore.site import Daemon, Site, run
 from farshore.wire import frames
 from farshore.wire import messages as m
+from tests.harness.faults import Injected
 
 
 @pytest.fixture
@@ -133,7 +134,10 @@ def test_an_init_that_fails_leaves_nothing(tmp_path: Path, more: tuple[str, ...]
     assert tree(tmp_path) == set()
 
 
-def test_an_init_that_dies_after_the_vault_was_made_can_be_adopted(tmp_path: Path) -> None:
+@pytest.mark.fault("F1")
+def test_an_init_that_dies_after_the_vault_was_made_can_be_adopted(
+    tmp_path: Path, injected: Injected
+) -> None:
     directory, key = tmp_path / "server", tmp_path / "key"
     env = {"FARSHORE_FAILPOINTS": "server.init.after_vault=kill", "XDG_CONFIG_HOME": str(tmp_path / "x")}
     done = subprocess.run(
@@ -144,9 +148,39 @@ def test_an_init_that_dies_after_the_vault_was_made_can_be_adopted(tmp_path: Pat
         timeout=60,
     )
     assert done.returncode == -signal.SIGKILL
+    injected("F1")
     vault = f"file://{directory}/vault"
     run("server", "adopt", directory, "--vault", vault, "--recovery-key-file", key, env=env)
     assert (directory / "server.toml").exists()
+
+
+@pytest.mark.fault("F1")
+def test_an_adopt_that_dies_leaves_the_vault_to_the_old_server_and_to_the_next_adopt(
+    tmp_path: Path, injected: Injected
+) -> None:
+    old, key = tmp_path / "old", tmp_path / "key"
+    quiet = {"XDG_CONFIG_HOME": str(tmp_path / "x")}
+    addresses = ("--listen", "127.0.0.1:0", "--api", "127.0.0.1:0")
+    run(*init(old, key, *addresses), env=quiet)
+    vault = f"file://{old}/vault"
+
+    def words(directory: Path) -> tuple[str | Path, ...]:
+        return "server", "adopt", directory, "--vault", vault, "--recovery-key-file", key, *addresses
+
+    done = subprocess.run(
+        [sys.executable, "-m", "farshore", *map(str, words(tmp_path / "new"))],
+        env={**os.environ, **quiet, "FARSHORE_FAILPOINTS": "server.adopt.after_slot=kill"},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    injected("F1")
+    before = Daemon("server", "run", old, log=tmp_path / "old.log", env=quiet)
+    assert before.stop() == 0
+    run(*words(tmp_path / "next"), env=quiet)
+    after = Daemon("server", "run", tmp_path / "next", log=tmp_path / "next.log", env=quiet)
+    assert after.stop() == 0
 
 
 def test_adopt_after_the_server_was_lost(running: Site) -> None:

@@ -24,11 +24,13 @@ from farshore.site import Site, wait_for
 from farshore.stamps import Workload, check_prefix
 from farshore.units import MIB
 from farshore.workload import Ledger, LedgerState
+from tests.harness.faults import Injected
 from tests.harness.latency import Latency
 from tests.harness.qemu import HangingDevice, hanging_device
 from tests.harness.tap import TapHost
 
 pytestmark = [
+    pytest.mark.fault("F13"),
     pytest.mark.needs("qemu-storage-daemon", "loop", "fuse", "root", "losetup", "mkfs.ext4"),
     pytest.mark.timeout(240),
 ]
@@ -143,7 +145,9 @@ def points(site: Site) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_journal_whose_device_hangs_costs_the_workload_no_more_than_agreed(tmp_path: Path) -> None:
+def test_a_journal_whose_device_hangs_costs_the_workload_no_more_than_agreed(
+    tmp_path: Path, injected: Injected
+) -> None:
     """Down to the dirty map within ``journal_stall_max``, and by itself back to points that are whole."""
     workload = Workload(seed=13, first_block=16, block_count=32 * MIB // 4096 - 16)
     disk, ledger = tmp_path / "disk.img", tmp_path / "ledger"
@@ -157,6 +161,7 @@ def test_a_journal_whose_device_hangs_costs_the_workload_no_more_than_agreed(tmp
         with written(uri, workload, ledger), Latency(uri, flush=True) as latency:
             before = len(points(site))
             with device.hung() as hung:
+                injected("F13")
                 wait_for(lambda: server_view(site, "v")["state"] == "degraded", HANGS_S, "a word of trouble")
                 assert server_view(site, "v")["capture_mode"] == "bitmap"
                 answered = len(latency.flushes)
@@ -186,7 +191,7 @@ def test_a_journal_whose_device_hangs_costs_the_workload_no_more_than_agreed(tmp
         assert seqs == sorted(seqs)
 
 
-def test_who_prefers_to_wait_for_a_hung_journal_loses_nothing(tmp_path: Path) -> None:
+def test_who_prefers_to_wait_for_a_hung_journal_loses_nothing(tmp_path: Path, injected: Injected) -> None:
     """``on_journal_lost = "wait"``: no write goes past the journal; all go on when it does."""
     workload = Workload(seed=14, first_block=16, block_count=32 * MIB // 4096 - 16)
     ledger = tmp_path / "ledger"
@@ -201,6 +206,7 @@ def test_who_prefers_to_wait_for_a_hung_journal_loses_nothing(tmp_path: Path) ->
         uri = host.uri("v")
         with written(uri, workload, ledger), Latency(uri, flush=True) as latency:
             with device.hung() as hung:
+                injected("F13")
                 wait_for(
                     lambda: 0 < latency.under_way_since < time.monotonic() - STALL_MAX_S - MARGIN_S,
                     20,
@@ -217,7 +223,7 @@ def test_who_prefers_to_wait_for_a_hung_journal_loses_nothing(tmp_path: Path) ->
         check_image(disk.read_bytes(), workload, last)
 
 
-def test_a_disk_that_hangs_holds_up_no_other_volume(tmp_path: Path) -> None:
+def test_a_disk_that_hangs_holds_up_no_other_volume(tmp_path: Path, injected: Injected) -> None:
     """Its own writes wait within bounds, its FLUSHes for ever; cuts, and the other's points, go on."""
     hung_load = Workload(seed=15, first_block=16, block_count=16 * MIB // 4096)
     well_load = Workload(seed=16, first_block=16, block_count=16 * MIB // 4096)
@@ -239,6 +245,7 @@ def test_a_disk_that_hangs_holds_up_no_other_volume(tmp_path: Path) -> None:
         ):
             device.forget_cached()
             with flooded(hung_uri, flood_at, flood_content) as flood, device.hung() as hung:
+                injected("F13")
                 flood.thread.start()
                 highest = 0
                 wait_for(

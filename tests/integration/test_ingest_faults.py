@@ -13,6 +13,7 @@ import pytest
 
 from farshore.wire import frames
 from farshore.wire import messages as m
+from tests.harness.faults import Injected
 from tests.harness.ingest import Agent, Ended, Site, Wire, close_all, reset_on_close
 
 pytestmark = pytest.mark.timeout(600)
@@ -53,8 +54,9 @@ async def heal(site: Site, agent: Agent, address: tuple[str, int], images: dict[
     wire.close()
 
 
+@pytest.mark.fault("F16")
 async def test_a_connection_cut_at_any_byte_leaves_a_cut_and_is_resumed(
-    tmp_path: Path, request: pytest.FixtureRequest
+    tmp_path: Path, request: pytest.FixtureRequest, injected: Injected
 ) -> None:
     site = Site.make(tmp_path)
     rng = random.Random(16)
@@ -71,11 +73,15 @@ async def test_a_connection_cut_at_any_byte_leaves_a_cut_and_is_resumed(
             if rng.random() < 0.5:
                 await asyncio.sleep(rng.random() * 0.05)
             reset_on_close(wire)
+            injected("F16")
             await heal(site, agent, server.address, images)
 
 
-@pytest.mark.parametrize("seed", range(20))
-async def test_mutated_frames_are_ignored_or_refused(tmp_path: Path, seed: int) -> None:
+@pytest.mark.fault("F17")
+@pytest.mark.parametrize(
+    "seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(20, 400))]
+)
+async def test_mutated_frames_are_ignored_or_refused(tmp_path: Path, seed: int, injected: Injected) -> None:
     site = Site.make(tmp_path)
     rng = random.Random(seed)
     async with site.server(workers=1) as server:
@@ -107,11 +113,15 @@ async def test_mutated_frames_are_ignored_or_refused(tmp_path: Path, seed: int) 
             except (Ended, TimeoutError):
                 pass
             reset_on_close(wire)
+            injected("F17")
             agent.cut_seq = 100
             await heal(site, agent, server.address, images)
 
 
-async def test_a_recorded_session_replayed_by_another_connection_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.fault("F17")
+async def test_a_recorded_session_replayed_by_another_connection_changes_nothing(
+    tmp_path: Path, injected: Injected
+) -> None:
     site = Site.make(tmp_path)
     agent = Agent(site, size_bytes=65536)
     said, images = script(agent, random.Random(17))
@@ -128,11 +138,15 @@ async def test_a_recorded_session_replayed_by_another_connection_changes_nothing
         again.writer.write(encode(said))
         error = await again.ended()
         assert error is not None
+        injected("F17")
         assert len(site.commits()) == commits
         assert site.image(agent.volume) == images[agent.lsn]
 
 
-async def test_slow_and_silent_peers_are_cut_and_others_do_not_notice(tmp_path: Path) -> None:
+@pytest.mark.fault("F35")
+async def test_slow_and_silent_peers_are_cut_and_others_do_not_notice(
+    tmp_path: Path, injected: Injected
+) -> None:
     site = Site.make(tmp_path)
     agent = Agent(site)
     async with site.server(workers=1) as server:
@@ -155,5 +169,6 @@ async def test_slow_and_silent_peers_are_cut_and_others_do_not_notice(tmp_path: 
         for sock in idle:
             sock.settimeout(15)
             assert sock.recv(1) == b""
+            injected("F35")
             sock.close()
     await close_all()

@@ -19,9 +19,10 @@ from farshore.site import Site, wait_for
 from farshore.stamps import Workload, check_prefix
 from farshore.units import MIB
 from farshore.workload import Ledger
+from tests.harness.faults import Injected
 from tests.harness.netns import Network, established, inside, network
 
-pytestmark = [pytest.mark.needs("root", "ip"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.fault("F15"), pytest.mark.needs("root", "ip"), pytest.mark.timeout(240)]
 
 DETECT_S = 30.0
 """Within this a peer that does not answer any more is given up, on both sides."""
@@ -81,7 +82,9 @@ def seconds_until(condition: Callable[[], bool], since: float, limit_s: float, w
     return time.monotonic() - since
 
 
-def test_a_swallowed_link_is_noticed_and_resumed_and_a_vanished_host_is_forgotten(tmp_path: Path) -> None:
+def test_a_swallowed_link_is_noticed_and_resumed_and_a_vanished_host_is_forgotten(
+    tmp_path: Path, injected: Injected
+) -> None:
     disk, ledger = tmp_path / "disk.img", tmp_path / "ledger"
     with disk.open("wb") as file:
         file.truncate(32 * MIB)
@@ -100,6 +103,7 @@ def test_a_swallowed_link_is_noticed_and_resumed_and_a_vanished_host_is_forgotte
             copied = site.copied_bytes()
 
             hosts.swallow()
+            injected("F15")
             lost = time.monotonic()
             on_agent = seconds_until(
                 lambda: not site.agent_connected(), lost, DETECT_S, "the agent to notice"
@@ -125,6 +129,7 @@ def test_a_swallowed_link_is_noticed_and_resumed_and_a_vanished_host_is_forgotte
                 site.json("point", "create", MACHINE, "--tag", "end", "--wait", "vaulted")
 
             hosts.unplug_left()
+            injected("F15")
             gone = time.monotonic()
             site.kill_agent(MACHINE)
             hosts.remove_left()

@@ -23,6 +23,7 @@ from farshore.nbd.codec import RequestError
 from farshore.stamps import Workload, check_prefix
 from farshore.units import MIB
 from farshore.workload import Ledger
+from tests.harness.faults import Injected
 from tests.harness.tap import TapHost, wait_until
 from tests.integration.test_tap_io import rebuilt
 
@@ -74,16 +75,22 @@ def restart(host: TapHost) -> None:
     assert (status.mode, status.resync, status.why) == ("data", "", "")
 
 
-def test_kill_nine_at_random_under_load_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.fault("F1")
+@pytest.mark.timeout(3600)
+def test_kill_nine_at_random_under_load_loses_nothing(
+    tmp_path: Path, injected: Injected, request: pytest.FixtureRequest
+) -> None:
+    kills = 500 if request.config.getoption("--nightly") else 6
     rng = random.Random(20)
     with TapHost(tmp_path / "agent") as host:
         config = host.add(size=SIZE)
         host.start()
         redone = 0
         with load(host, tmp_path):
-            for _ in range(6):
+            for _ in range(kills):
                 time.sleep(rng.uniform(0.1, 0.6))
                 host.kill()
+                injected("F1")
                 restart(host)
                 redone += max(0, host.status().redone)
         assert host.stop() == 0
@@ -104,22 +111,26 @@ RUNNING = [
 STARTING = ["tap.open.redone", "tap.open.redo_written", "tap.open.journal_opened", "tap.open.marked"]
 
 
+@pytest.mark.fault("F1")
+@pytest.mark.parametrize("hit", [12, *(pytest.param(hit, marks=pytest.mark.nightly) for hit in (1, 2, 60))])
 @pytest.mark.parametrize("name", RUNNING)
-def test_killed_between_two_steps_of_a_write(tmp_path: Path, name: str) -> None:
+def test_killed_between_two_steps_of_a_write(tmp_path: Path, name: str, hit: int, injected: Injected) -> None:
     with TapHost(tmp_path / "agent") as host:
         config = host.add(size=SIZE)
-        host.start(env={"FARSHORE_FAILPOINTS": f"{name}=kill:12"})
+        host.start(env={"FARSHORE_FAILPOINTS": f"{name}=kill:{hit}"})
         with load(host, tmp_path):
             assert host.process is not None
-            assert host.process.wait(timeout=30) == -signal.SIGKILL
+            assert host.process.wait(timeout=60) == -signal.SIGKILL
+            injected("F1")
             restart(host)
             time.sleep(0.3)
         assert host.stop() == 0
         check_disk(host, config, tmp_path / "ledger")
 
 
+@pytest.mark.fault("F3")
 @pytest.mark.parametrize("name", STARTING)
-def test_killed_while_starting_again(tmp_path: Path, name: str) -> None:
+def test_killed_while_starting_again(tmp_path: Path, name: str, injected: Injected) -> None:
     with TapHost(tmp_path / "agent") as host:
         config = host.add(size=SIZE)
         host.start()
@@ -128,6 +139,7 @@ def test_killed_while_starting_again(tmp_path: Path, name: str) -> None:
             for _ in range(2):
                 with pytest.raises(AssertionError, match="not ready"):
                     host.start(env={"FARSHORE_FAILPOINTS": f"{name}=kill"})
+                injected("F3")
             restart(host)
             time.sleep(0.3)
         assert host.stop() == 0
@@ -145,8 +157,11 @@ def hash_of(path: str) -> bytes:
     return blake3(Path(path).read_bytes()).digest()
 
 
+@pytest.mark.fault("F38")
 @pytest.mark.parametrize("stop", ["clean", "killed"])
-def test_a_disk_written_behind_our_back_is_compared_not_redone(tmp_path: Path, stop: str) -> None:
+def test_a_disk_written_behind_our_back_is_compared_not_redone(
+    tmp_path: Path, stop: str, injected: Injected
+) -> None:
     with TapHost(tmp_path / "agent") as host:
         # Nothing reaches the disk for a second: there is something to redo when the tap is killed.
         config = host.add(size=SIZE, group_commit_ms=1000.0)
@@ -165,6 +180,7 @@ def test_a_disk_written_behind_our_back_is_compared_not_redone(tmp_path: Path, s
         with open(config.disk, "r+b") as disk:
             disk.seek(MIB)
             disk.write(b"not through the tap")
+        injected("F38")
         before = hash_of(config.disk)
         host.start()
         status = host.status()
@@ -184,7 +200,8 @@ def test_a_disk_written_behind_our_back_is_compared_not_redone(tmp_path: Path, s
         assert not host.status().resync
 
 
-def test_killed_after_noting_that_a_compare_is_due(tmp_path: Path) -> None:
+@pytest.mark.fault("F3")
+def test_killed_after_noting_that_a_compare_is_due(tmp_path: Path, injected: Injected) -> None:
     with TapHost(tmp_path / "agent") as host:
         config = host.add(size=SIZE)
         host.start()
@@ -193,17 +210,20 @@ def test_killed_after_noting_that_a_compare_is_due(tmp_path: Path) -> None:
         os.utime(config.disk)  # what a write by somebody else does to ctime
         with pytest.raises(AssertionError, match="not ready"):
             host.start(env={"FARSHORE_FAILPOINTS": "tap.open.resync_noted=kill"})
+        injected("F3")
         host.start()
         assert host.status().resync
 
 
-def test_killed_at_the_end_of_an_orderly_stop(tmp_path: Path) -> None:
+@pytest.mark.fault("F1")
+def test_killed_at_the_end_of_an_orderly_stop(tmp_path: Path, injected: Injected) -> None:
     with TapHost(tmp_path / "agent") as host:
         config = host.add(size=SIZE)
         host.start(env={"FARSHORE_FAILPOINTS": "tap.stop.sealed=kill"})
         with load(host, tmp_path):
             time.sleep(0.2)
         assert host.stop() == -signal.SIGKILL
+        injected("F1")
         restart(host)
         assert host.stop() == 0
         check_disk(host, config, tmp_path / "ledger")
@@ -222,8 +242,11 @@ def test_a_thread_that_fails_ends_the_tap_and_the_next_one_redoes(tmp_path: Path
         check_disk(host, config, tmp_path / "ledger")
 
 
+@pytest.mark.fault("F11")
 @pytest.mark.needs("strace")
-def test_a_disk_whose_fdatasync_failed_is_written_again_by_the_next_start(tmp_path: Path) -> None:
+def test_a_disk_whose_fdatasync_failed_is_written_again_by_the_next_start(
+    tmp_path: Path, injected: Injected
+) -> None:
     with TapHost(tmp_path / "agent") as host:
         config = host.add(size=SIZE)
         trace = ("strace", "-f", "-qq", "-o", "/dev/null", "-P", config.disk)
@@ -242,6 +265,7 @@ def test_a_disk_whose_fdatasync_failed_is_written_again_by_the_next_start(tmp_pa
         asyncio.run(write())
         status = host.status()
         assert "fdatasync" in status.failed
+        injected("F11")
         assert status.stable_lsn == 0
         host.kill()
         host.start()
@@ -249,7 +273,8 @@ def test_a_disk_whose_fdatasync_failed_is_written_again_by_the_next_start(tmp_pa
         assert host.status().failed == ""
 
 
-def test_a_killed_tap_redoes_what_the_disk_does_not_have(tmp_path: Path) -> None:
+@pytest.mark.fault("F1")
+def test_a_killed_tap_redoes_what_the_disk_does_not_have(tmp_path: Path, injected: Injected) -> None:
     with TapHost(tmp_path / "agent") as host:
         config = host.add(size=SIZE, group_commit_ms=1000.0)
         host.start()
@@ -262,6 +287,7 @@ def test_a_killed_tap_redoes_what_the_disk_does_not_have(tmp_path: Path) -> None
 
         asyncio.run(write())
         host.kill()
+        injected("F1")
         assert Path(config.disk).read_bytes()[4096:8192] == bytes(4096)
         host.start()
         assert host.status().redone == 2

@@ -25,6 +25,7 @@ from farshore.nbd.codec import RequestError
 from farshore.stamps import check_prefix
 from farshore.units import KIB, MIB
 from farshore.workload import Ledger
+from tests.harness.faults import Injected
 from tests.harness.tap import MACHINE, TapHost, wait_until
 from tests.integration.test_tap_crash import SIZE, WORKLOAD, load
 
@@ -85,7 +86,8 @@ def check_disk(config: VolumeConfig, ledger_path: Path) -> None:
     assert report.seq == state.acked
 
 
-def test_a_full_quota_leads_to_the_dirty_map_and_room_leads_back(tmp_path: Path) -> None:
+@pytest.mark.fault("F10")
+def test_a_full_quota_leads_to_the_dirty_map_and_room_leads_back(tmp_path: Path, injected: Injected) -> None:
     with made(tmp_path, **SMALL) as (host, config):
         vault = Vault(host, config)
         host.start()
@@ -93,6 +95,7 @@ def test_a_full_quota_leads_to_the_dirty_map_and_room_leads_back(tmp_path: Path)
             wait_until(lambda: host.status().mode == "bitmap", what="the quota is never full")
             status = host.status()
             assert "quota" in status.why
+            injected("F10")
             assert not status.lost
             first = status.incarnation
             wait_until(lambda: host.status().dirty_regions > 0)
@@ -137,8 +140,9 @@ def test_a_round_of_copying_from_before_a_fall_clears_nothing(tmp_path: Path) ->
 LEAVING = ["tap.leave.synced", "tap.leave.flushed", "tap.pass.first", "tap.dirty.set"]
 
 
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize("name", LEAVING)
-def test_killed_on_the_way_down(tmp_path: Path, name: str) -> None:
+def test_killed_on_the_way_down(tmp_path: Path, name: str, injected: Injected) -> None:
     """Records, and copies of what the dirty map names, make the disk: no write is in neither."""
     with made(tmp_path, **SMALL) as (host, config):
         vault = Vault(host, config)
@@ -146,6 +150,7 @@ def test_killed_on_the_way_down(tmp_path: Path, name: str) -> None:
         with load(host, tmp_path, 2000):
             assert host.process is not None
             assert host.process.wait(timeout=60) == -signal.SIGKILL
+            injected("F1")
             vault.take_in()
             host.start()
             assert host.status().resync == ""
@@ -159,7 +164,8 @@ def test_killed_on_the_way_down(tmp_path: Path, name: str) -> None:
         assert bytes(vault.image) == config_bytes(config)
 
 
-def test_killed_on_the_way_up(tmp_path: Path) -> None:
+@pytest.mark.fault("F1")
+def test_killed_on_the_way_up(tmp_path: Path, injected: Injected) -> None:
     with made(tmp_path, **SMALL) as (host, config):
         vault = Vault(host, config)
         host.start(env={"FARSHORE_FAILPOINTS": "tap.climb.recovered=kill"})
@@ -170,6 +176,7 @@ def test_killed_on_the_way_up(tmp_path: Path) -> None:
                 host.vaulted(lsn=vault.lsn)
             assert host.process is not None
             assert host.process.wait(timeout=30) == -signal.SIGKILL
+            injected("F1")
             host.start()
             assert host.status().resync == ""
             wait_until(lambda: host.status().held_bytes == 0 or host.status().mode == "bitmap")
@@ -187,12 +194,16 @@ def strace(host: TapHost, *inject: str) -> list[str]:
     return ["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(segment), *inject]
 
 
+@pytest.mark.fault("F11")
 @pytest.mark.needs("strace")
-def test_a_journal_that_cannot_be_synced_is_left_without_an_error_to_the_workload(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_synced_is_left_without_an_error_to_the_workload(
+    tmp_path: Path, injected: Injected
+) -> None:
     with made(tmp_path) as (host, config):
         host.start(*strace(host, "-e", "inject=fdatasync:error=EIO:when=20"))
         with load(host, tmp_path, 1000):
             wait_until(lambda: "journal_in_trouble" in host.log_text(), what="nobody noticed")
+            injected("F11")
             wait_until(lambda: host.status().dirty_regions > 0)
             # It is no longer trusted; a new incarnation is opened by itself after a while.
             wait_until(lambda: host.status().mode == "data", what="it does not climb back")
@@ -203,8 +214,11 @@ def test_a_journal_that_cannot_be_synced_is_left_without_an_error_to_the_workloa
         check_disk(config, tmp_path / "ledger")
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.needs("strace")
-def test_a_journal_that_hangs_delays_the_workload_no_longer_than_agreed(tmp_path: Path) -> None:
+def test_a_journal_that_hangs_delays_the_workload_no_longer_than_agreed(
+    tmp_path: Path, injected: Injected
+) -> None:
     with made(tmp_path, journal_stall_max_s=1.0) as (host, config):
         host.start(*strace(host, "-e", "inject=pwritev,pwritev2:delay_enter=6000000:when=40"))
         longest = Longest()
@@ -212,6 +226,7 @@ def test_a_journal_that_hangs_delays_the_workload_no_longer_than_agreed(tmp_path
             asyncio.run(longest.watch(host, 5.0))
             status = host.status()
             assert (status.mode, status.lost) == ("bitmap", True)
+            injected("F13")
             assert status.dirty_regions > 0
             wait_until(lambda: host.status().mode == "data", what="it does not climb back")
             wait_until(lambda: not host.status().lost, what="its dirty bits are not kept")
@@ -303,8 +318,9 @@ def test_a_slow_flush_holds_up_no_write(tmp_path: Path) -> None:
         assert flushed >= 1.4
 
 
+@pytest.mark.fault("F10")
 @pytest.mark.needs("root")
-def test_a_disk_without_room_is_written_as_soon_as_there_is_some(tmp_path: Path) -> None:
+def test_a_disk_without_room_is_written_as_soon_as_there_is_some(tmp_path: Path, injected: Injected) -> None:
     """A sparse image on a full file system: EIO until the answered write has landed, then all is well."""
     small = tmp_path / "small"
     small.mkdir()
@@ -325,6 +341,7 @@ def test_a_disk_without_room_is_written_as_soon_as_there_is_some(tmp_path: Path)
                     await client.write(0, content)  # captured: answered
                     await until(lambda: bool(host.status().failed))
                     assert "No space" in host.status().failed
+                    injected("F10")
                     late = (
                         client.flush(),
                         client.write(0, bytes(512)),

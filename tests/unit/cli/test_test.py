@@ -1,6 +1,7 @@
 """The test verb and tests/conftest.py, by running them on small test files."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ def test_the_result_counts_each_test_once_and_names_what_could_not_run(tmp_path:
             {"test": "test_sample.py::test_changed_its_mind", "needs": ["no tape drive"]},
             {"test": "test_sample.py::test_impossible", "needs": ["no-such-program", "py:no_such_module"]},
         ],
+        "faults": [],
     }
     assert "test_sample.py::test_impossible needs no-such-program, py:no_such_module" in done.stderr
 
@@ -110,6 +112,50 @@ def test_a_module_skipped_as_a_whole_is_named_and_fails_when_required(tmp_path: 
         "test_sample.py"
     ]
     assert run(tmp_path, "--require-all", source=source).returncode == 1
+
+
+FAULTY = """
+import pytest
+
+@pytest.mark.fault("F1")
+@pytest.mark.parametrize("count", [2, 3])
+def test_held(injected, count): injected("F1", count)
+
+@pytest.mark.fault("F2", "F1")
+def test_broke(injected):
+    injected("F2")
+    injected("F1")
+    assert False
+
+@pytest.mark.fault("F4")
+def test_never_hit(injected): pass
+
+@pytest.mark.fault("F7")
+def test_breaks_before_it_counts(injected): assert False
+
+@pytest.mark.fault("F10")
+@pytest.mark.needs("no-such-program")
+def test_impossible(injected): injected("F10")
+"""
+
+
+def test_faults_are_summed_by_class_with_the_tests_that_failed(tmp_path: Path) -> None:
+    done = run(tmp_path, "--json", source=FAULTY)
+    found = result(done)
+    assert (found["ran"], found["failed"]) == (5, 3)
+    assert found["faults"] == [
+        {"fault": "F1", "injected": 6, "violations": 1},
+        {"fault": "F2", "injected": 1, "violations": 1},
+        {"fault": "F4", "injected": 0, "violations": 1},
+        {"fault": "F7", "injected": 0, "violations": 1},
+    ]
+    assert re.search(r"F1 +6 +1 +kill -9 at a named place", done.stderr)
+    assert "no fault was injected: F4" in done.stderr
+
+
+def test_a_fault_that_is_in_no_matrix_is_an_error(tmp_path: Path) -> None:
+    source = "import pytest\n@pytest.mark.fault('F99')\ndef test_it(): pass\n"
+    assert result(run(tmp_path, "--json", source=source))["failed"] == 1
 
 
 def test_long_tests_run_at_night_only(tmp_path: Path) -> None:

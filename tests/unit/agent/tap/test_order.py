@@ -314,7 +314,7 @@ async def test_the_next_incarnation_begins_right_behind_the_last_record(
         await client.has(w(100))
         captured, before = volume.captured_lsn, volume.incarnation
         assert captured < 50
-        volume.flush(client, f(100))
+        volume.frontend.flush(client, f(100))
         await client.has(f(100))
         watched.vaulted = captured
         await volume.vaulted(volume.incarnation, captured)

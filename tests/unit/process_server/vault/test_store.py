@@ -20,6 +20,7 @@ from process_server.vault.store.memory import MemoryStore
 from process_server.vault.store.probe import probe
 from process_server.vault.store.protocol import AlreadyExists
 from tests.fakes.store import Fault, FaultyStore, ForgetfulStore
+from tests.harness.faults import Injected
 
 
 @pytest.fixture
@@ -83,10 +84,11 @@ def test_the_next_owner_clears_what_a_crash_left(path: Path) -> None:
     assert files_below(path) == {"x", ".owner"}
 
 
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize(
     "place", ["vault.file.before_sync", "vault.file.before_link", "vault.file.after_link"]
 )
-def test_killed_at_any_step_an_object_is_whole_or_absent(path: Path, place: str) -> None:
+def test_killed_at_any_step_an_object_is_whole_or_absent(path: Path, place: str, injected: Injected) -> None:
     body = b"0123456789" * 1000
     script = (
         "import sys, pathlib; from process_server.vault.store.file import FileStore;"
@@ -98,6 +100,7 @@ def test_killed_at_any_step_an_object_is_whole_or_absent(path: Path, place: str)
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
+    injected("F1")
     store = FileStore(path, owner=True)
     names = list(store.list(""))
     assert names == (["a/b"] if place == "vault.file.after_link" else [])
@@ -111,8 +114,11 @@ def test_killed_at_any_step_an_object_is_whole_or_absent(path: Path, place: str)
     assert files_below(path) == {"a/b", ".owner"}
 
 
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize("place", ["vault.file.before_rename", "vault.file.after_rename"])
-def test_killed_in_a_swap_the_object_is_the_old_or_the_new_one(path: Path, place: str) -> None:
+def test_killed_in_a_swap_the_object_is_the_old_or_the_new_one(
+    path: Path, place: str, injected: Injected
+) -> None:
     store = FileStore(path, create=True)
     etag = store.cas("root", b"old", None)
     script = (
@@ -125,6 +131,7 @@ def test_killed_in_a_swap_the_object_is_the_old_or_the_new_one(path: Path, place
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
+    injected("F1")
     body, etag = store.get_with_etag("root")
     assert body == (b"new" if place.endswith("after_rename") else b"old")
     store.cas("root", b"next", etag)  # and the lock died with its holder
