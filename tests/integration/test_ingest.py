@@ -16,6 +16,7 @@ from farshore.errors import Conflict, Failed
 from farshore.ids import new_id
 from farshore.wire import messages as m
 from process_server import service
+from tests.harness.faults import Injected
 from tests.harness.ingest import BLOCK, Agent, Site, Wire, close_all
 
 pytestmark = pytest.mark.timeout(120)
@@ -362,7 +363,10 @@ async def test_a_point_is_made_on_request_and_status_tells_the_age(tmp_path: Pat
         assert machine["health"] == "critical"
 
 
-async def test_a_killed_worker_costs_a_reconnect_and_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+@pytest.mark.fault("F1")
+async def test_a_killed_worker_costs_a_reconnect_and_nothing_that_was_acknowledged(
+    tmp_path: Path, injected: Injected
+) -> None:
     site = Site.make(tmp_path)
     agent = Agent(site)
     rng = random.Random(9)
@@ -382,6 +386,7 @@ async def test_a_killed_worker_costs_a_reconnect_and_nothing_that_was_acknowledg
             pid = server._pool.workers[0].process.pid
             await wire.send(agent.mark())
             os.kill(pid, signal.SIGKILL)
+            injected("F1")
             await wire.ended()
             await server._pool.wait_ready()
             assert round_number < 3
@@ -394,7 +399,8 @@ async def test_a_killed_worker_costs_a_reconnect_and_nothing_that_was_acknowledg
         assert site.image(agent.volume) == agent.disk
 
 
-async def test_a_killed_server_has_everything_it_acknowledged(tmp_path: Path) -> None:
+@pytest.mark.fault("F1")
+async def test_a_killed_server_has_everything_it_acknowledged(tmp_path: Path, injected: Injected) -> None:
     site = Site.make(tmp_path)
     agent = Agent(site)
     rng = random.Random(11)
@@ -421,6 +427,7 @@ async def test_a_killed_server_has_everything_it_acknowledged(tmp_path: Path) ->
             await wire.send(agent.mark())
         acked = await wire.expect(m.Ack)
         server.kill()
+        injected("F1")
         await asyncio.to_thread(server.wait)
         wire.close()
         newest = site.commits()[-1].head.volumes[0]

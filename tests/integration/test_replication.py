@@ -26,6 +26,7 @@ from farshore.units import MIB
 from farshore.wire import messages as m
 from tests.fakes.process_server import CuttingProxy, FakeServer, make_identity
 from tests.fakes.tap import FakeJournal, FakeTap
+from tests.harness.faults import Injected
 
 SIZE = 20 * MIB + 5 * 512
 
@@ -266,7 +267,8 @@ async def test_an_owner_of_the_past_gets_nothing(start: Start, tmp_path: Path) -
     assert not site.server.points
 
 
-async def test_a_killed_copier_is_replaced(start: Start) -> None:
+@pytest.mark.fault("F1")
+async def test_a_killed_copier_is_replaced(start: Start, injected: Injected) -> None:
     site = await start()
     killed = 0
     for _ in range(200):
@@ -274,6 +276,7 @@ async def test_a_killed_copier_is_replaced(start: Start) -> None:
             if killed < 3:
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
+                injected("F1")
         site.tap.work(3)
         await asyncio.sleep(0.02)
         if site.replica.copied:
@@ -282,8 +285,13 @@ async def test_a_killed_copier_is_replaced(start: Start) -> None:
     assert killed == 3
 
 
-@pytest.mark.parametrize("seed", range(4))
-async def test_a_link_lost_at_any_byte_loses_and_doubles_nothing(start: Start, seed: int) -> None:
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(4, 100))]
+)
+async def test_a_link_lost_at_any_byte_loses_and_doubles_nothing(
+    start: Start, seed: int, injected: Injected
+) -> None:
     rng = random.Random(seed)
     proxies: list[CuttingProxy] = []
 
@@ -306,6 +314,7 @@ async def test_a_link_lost_at_any_byte_loses_and_doubles_nothing(start: Start, s
             site.tap.bypass()
         await asyncio.sleep(0.02)
     await site.until(lambda: proxies[0].cuts >= 12, "the link was cut twelve times", 60)
+    injected("F16", proxies[0].cuts)
     await site.vaulted()
     assert site.check_points() > 0
     assert not site.server.refusals
