@@ -10,7 +10,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from process_server.vault.keys import RecoveryKey, VaultKeys, open_vault
 from process_server.vault.store.protocol import Store
 from process_server.vault.store.url import open_store
 from tests.harness.faults import Injected
+from tests.harness.ledger import made
 from tests.harness.power import PowerCuts, entries_so_far, logged_device
 
 MIB = 1 << 20
@@ -112,8 +112,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             command += ["--seed", str(workload.seed), "--first-block", str(workload.first_block)]
             command += ["--block-count", str(workload.block_count), "--rate", "400", "--seconds", "20"]
             writer = subprocess.Popen([*map(str, command)])
-            while not (outside / "ledger").exists():
-                time.sleep(0.01)
+            wait_for(lambda: made(outside / "ledger"), 20, "the workload")
             listener = _Listener(site, Ledger(outside / "ledger"), log)
             listener.start()
             writer.wait()

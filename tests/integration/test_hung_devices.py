@@ -23,9 +23,9 @@ from farshore.nbd.client import connect, parse_uri
 from farshore.site import Site, wait_for
 from farshore.stamps import Workload, check_prefix
 from farshore.units import MIB
-from farshore.workload import Ledger, LedgerState
 from tests.harness.faults import Injected
 from tests.harness.latency import Latency
+from tests.harness.ledger import begun, state_of
 from tests.harness.qemu import HangingDevice, hanging_device
 from tests.harness.tap import TapHost
 
@@ -83,22 +83,6 @@ def written(uri: str, workload: Workload, ledger: Path, rate: int = 500) -> Iter
     finally:
         process.kill()
         process.wait()
-
-
-def begun(ledger: Path) -> bool:
-    if not ledger.exists():
-        return False
-    with ledger.open("rb") as file:
-        if file.read(1) in (b"", b"\0"):
-            return False  # it is being made
-    return state_of(ledger).flushed > 0
-
-
-def state_of(ledger: Path) -> LedgerState:
-    known = Ledger(ledger)
-    state = known.state()
-    known.close()
-    return state
 
 
 def acked(ledger: Path) -> int:

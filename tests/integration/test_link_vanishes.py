@@ -18,8 +18,8 @@ from agent import admin
 from farshore.site import Site, wait_for
 from farshore.stamps import Workload, check_prefix
 from farshore.units import MIB
-from farshore.workload import Ledger
 from tests.harness.faults import Injected
+from tests.harness.ledger import state_of
 from tests.harness.netns import Network, established, inside, network
 
 pytestmark = [pytest.mark.fault("F15"), pytest.mark.needs("root", "ip"), pytest.mark.timeout(240)]
@@ -142,9 +142,7 @@ def test_a_swallowed_link_is_noticed_and_resumed_and_a_vanished_host_is_forgotte
                 writer.kill()
                 writer.wait()
             site.close()
-    known = Ledger(ledger)
-    state = known.state()
-    known.close()
+    state = state_of(ledger)
     assert (state.errors, state.reconnects) == (0, 0)
     assert state.acked == state.sent > 3000
     image = tmp_path / "image"

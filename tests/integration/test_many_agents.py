@@ -13,8 +13,8 @@ from agent import admin
 from farshore.site import Site, wait_for
 from farshore.stamps import Workload, check_prefix
 from farshore.units import MIB
-from farshore.workload import Ledger, LedgerState
 from tests.harness.faults import Injected
+from tests.harness.ledger import begun, state_of
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -53,27 +53,12 @@ class Load:
         words += ["--ledger", str(self.path), "--seed", str(self.workload.seed), "--rate", str(rate)]
         self.process = subprocess.Popen([*words, "--block-count", str(self.workload.block_count)])
 
-        wait_for(self._begun, 30, f"the writes of {machine}")
-
-    def _begun(self) -> bool:
-        if not self.path.exists():
-            return False
-        with self.path.open("rb") as file:
-            if file.read(1) in (b"", b"\0"):
-                return False  # it is being made
-        return self._state().flushed > 0
-
-    def _state(self) -> LedgerState:
-        ledger = Ledger(self.path)
-        state = ledger.state()
-        ledger.close()
-        return state
-
     def stop(self) -> int:
         """End it; returns how many writes were answered, all of them."""
+        wait_for(lambda: begun(self.path), 30, "it to begin")
         self.process.terminate()
         assert self.process.wait(timeout=60) == 0
-        state = self._state()
+        state = state_of(self.path)
         assert state.errors == 0
         assert state.acked == state.sent > 0
         return state.acked
