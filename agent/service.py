@@ -20,15 +20,15 @@ from agent import volumes
 from agent.admin import AdminServer
 from agent.capture import attach
 from agent.capture.control import TapClient
+from agent.capture.engines import Engines
 from agent.config import AgentConfig, Layout
 from agent.identity import Renewal
-from agent.journal.reader import JournalReader
 from agent.metrics import Metrics
 from agent.replicate.ports import DirtyRegions
 from agent.replicate.replica import Replica
 from agent.replicate.replicator import Replicator
 from agent.supervise import TapKeeper
-from agent.volume_admin import entry, other_volumes, spec_of
+from agent.volume_admin import FUZZY_NOTE, entry, other_volumes, replica_of, unknown_mode
 from agent.volumes import VolumeConfig
 from farshore.clock import Clock
 from farshore.errors import Conflict, FarshoreError, NotFound, Unreachable, UsageError
@@ -119,7 +119,8 @@ class Service:
         self._metrics = Metrics(registry, self._replicas)
         self._keeper = TapKeeper(directory, self._tap_is_up, self._metrics.tap_restarted)
         tap = TapPort(self._keeper, self._name_of)
-        self._replicator = Replicator(directory, config, tap, self._metrics, random.Random())
+        engines = Engines(tap, self._replicas, clock)
+        self._replicator = Replicator(directory, config, engines, self._metrics, random.Random())
         self._renewal = Renewal(directory, config, clock, renewed=self._replicator.renew)
         expiry = Gauge(
             "farshore_certificate_expiry_timestamp_seconds",
@@ -128,6 +129,7 @@ class Service:
             registry=registry,
         )
         expiry.labels("agent").set_function(lambda: self._renewal.expires.timestamp())
+        self._late_s = clock.monotonic() + READY_S
         self._admin = AdminServer(Layout(directory).agent_socket, self._handle)
 
     async def run(self, stopping: asyncio.Event, ready: Callable[[], None]) -> None:
@@ -138,14 +140,16 @@ class Service:
         """
         for config in other_volumes(self._directory):
             self._volumes[config.name] = Protected(config)
-        self._keeper.want()  # also with no volume yet: the first one is served without waiting for it
+        if self._tapped() or not self._volumes:
+            self._keeper.want()  # also with no volume yet: the first one is served without waiting for it
+        await self._serve_scans()
         await self._admin.start()
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(self._keeper.run(), name="tap"),
                     tasks.create_task(self._look_after(), name="volumes"),
-                    tasks.create_task(self._replicator.run(), name="replicator"),
+                    tasks.create_task(self._replicate(stopping), name="replicator"),
                     tasks.create_task(self._renewal.run(), name="renewal"),
                 ]
                 await self._until_served(stopping)
@@ -166,6 +170,14 @@ class Service:
             await self._keeper.stop()
         for volume in self._volumes.values():
             volume.release()
+            if volume.replica is not None and volume.replica.scanned:
+                volume.replica.close()
+
+    async def _replicate(self, stopping: asyncio.Event) -> None:
+        if any(volume.config.scanned for volume in self._volumes.values()):
+            # These come last, see `_serve_scans`; a session that began before would make points without them.
+            await self._until_served(stopping)
+        await self._replicator.run()
 
     async def _until_served(self, stopping: asyncio.Event) -> None:
         deadline = time.monotonic() + READY_S
@@ -201,39 +213,52 @@ class Service:
 
     # --- the tap and its volumes ---
 
+    def _tapped(self) -> list[Protected]:
+        return [volume for volume in self._volumes.values() if not volume.config.scanned]
+
+    def _coming(self) -> bool:
+        """A volume of the tap is still being opened; one that does not come is not waited for for ever."""
+        late = self._clock.monotonic() > self._late_s
+        return not late and any(not volume.replica and not volume.problem for volume in self._tapped())
+
     async def _tap_is_up(self) -> None:
         """Have every volume served by the tap that just answered, and hold its disk with it."""
         async with self._changing:
-            for volume in self._volumes.values():
+            for volume in self._tapped():
                 await self._serve(volume)
+        await self._serve_scans()
+
+    async def _serve_scans(self) -> None:
+        """Take on the disks that are scanned, once the tap's are there: no point is to lack those."""
+        if self._coming():
+            return
+        async with self._changing:
+            for volume in list(self._volumes.values()):
+                if volume.config.scanned and volume.replica is None:
+                    await self._serve(volume)
 
     async def _look_after(self) -> None:
         """Try again what could not be served, attached or read."""
         while True:
             await asyncio.sleep(LOOK_S)
             async with self._changing:
-                for volume in list(self._volumes.values()):
+                for volume in self._tapped():
                     if volume.problem or volume.replica is None:
                         with contextlib.suppress(Unreachable):
                             _ = self._keeper.client
                             await self._serve(volume)
+            await self._serve_scans()
 
     async def _serve(self, volume: Protected) -> None:
         """Bring one volume to where it is served, held, attached and replicated; note why not."""
         config = volume.config
         try:
-            async with self._keeper.connect() as client:
-                if volume.held is not None:
-                    await client.protect(config.name, held=volume.held)
-                else:
-                    await client.protect(config.name)
-                failpoint("agent.after_protect")
-                if volume.held is None:
-                    volume.held = await client.hold(config.name)
+            if not config.scanned:
+                await self._serve_by_tap(volume)
             if volume.replica is None:
-                spec = await asyncio.to_thread(spec_of, self._directory, config)
-                replica = Replica(spec, JournalReader(spec.folder))
-                replica.state()
+                replica = await asyncio.to_thread(replica_of, self._directory, config, self._clock)
+                if not config.scanned:
+                    replica.state()
                 volume.replica = replica
                 await self._replicator.add(replica)
             if config.attach:
@@ -252,6 +277,17 @@ class Service:
             if volume.problem:
                 log.info("volume_served_again", volume=config.name)
             volume.problem = ""
+
+    async def _serve_by_tap(self, volume: Protected) -> None:
+        name = volume.config.name
+        async with self._keeper.connect() as client:
+            if volume.held is not None:
+                await client.protect(name, held=volume.held)
+            else:
+                await client.protect(name)
+            failpoint("agent.after_protect")
+            if volume.held is None:
+                volume.held = await client.hold(name)
 
     async def _detach(self, volume: Protected) -> None:
         """Take a device away that nobody uses; one that is in use waits for the next tap."""
@@ -310,8 +346,9 @@ class Service:
         found = []
         for _, volume in sorted(self._volumes.items()):
             if name is None or volume.config.name == name:
-                mode = volume.replica.capture_mode() if volume.replica is not None else "bitmap"
-                found.append(entry(self._directory, volume.config, self._state(volume), mode, volume.device))
+                config, replica = volume.config, volume.replica
+                mode = replica.capture_mode() if replica is not None else unknown_mode(config)
+                found.append(entry(self._directory, config, self._state(volume), mode, volume.device))
         if name is not None and not found:
             self._named(name)
         return found
@@ -354,8 +391,9 @@ class Service:
             await self._replicator.expect_copying()
             volume = self._volumes[config.name] = Protected(config)
         try:
-            # An up-coming tap serves it by itself, together with the others.
-            await self._keeper.wait_serving(READY_S)
+            if not config.scanned:
+                # An up-coming tap serves it by itself, together with the others.
+                await self._keeper.wait_serving(READY_S)
             async with self._changing:
                 if volume.replica is None or (config.attach and volume.device is None):
                     await self._serve(volume)
@@ -369,6 +407,8 @@ class Service:
         notes = []
         if volume.device is not None:
             notes.append(await asyncio.to_thread(_fstab, volume.device))
+        if config.scanned and not config.quiesced:
+            notes.append(FUZZY_NOTE)
         return {"volumes": self._entries(config.name), "notes": notes}
 
     async def _unprotect(self, volume: Protected) -> None:
@@ -379,9 +419,10 @@ class Service:
             if volume.replica is not None:
                 await self._replicator.remove(volume.replica)
                 volume.replica = None
-            with contextlib.suppress(Unreachable, NotFound):
-                async with self._keeper.connect() as client:
-                    await client.unprotect(name)
+            if not volume.config.scanned:
+                with contextlib.suppress(Unreachable, NotFound):
+                    async with self._keeper.connect() as client:
+                        await client.unprotect(name)
             volume.release()
             self._volumes.pop(name, None)
             await asyncio.to_thread(volumes.remove_volume, self._directory, name)

@@ -5,30 +5,51 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from agent import volumes
+from agent.capture.scan import CAPTURE_MODE, ScanReplica, known_size
 from agent.config import Layout, load
 from agent.journal.continuity import read_disk
+from agent.journal.reader import JournalReader
 from agent.replicate.ports import VolumeSpec
 from agent.replicate.replica import Replica
 from agent.volumes import VolumeConfig
-from farshore.errors import Conflict
+from farshore.clock import Clock, SystemClock
+from farshore.errors import Conflict, UsageError
 from farshore.units import SECTOR_BYTES
+
+FUZZY_NOTE: Final = (
+    "its recovery points are fuzzy: they hold what was read while others may have written. recover takes them"
+    " with --allow-fuzzy; protect a snapshot, or a disk at rest, with --quiesced"
+)
 
 
 def to_config(
-    directory: Path, name: str, disk: Path, capture: str, listen: str | None, attach: str | None
+    directory: Path,
+    name: str,
+    disk: Path,
+    capture: str,
+    listen: str | None,
+    attach: str | None,
+    *,
+    quiesced: bool = False,
+    every_s: float | None = None,
 ) -> dict[str, Any]:
     """Return the settings that the options of ``volume protect`` ask for, as the agent is sent them.
+
+    Args:
+        every_s: Seconds from one pass of a scan to the next; None for the usual.
 
     Raises:
         UsageError: An option makes no sense.
         ConfigError: The directory is no agent's.
     """
     load(directory)
+    if every_s is not None and capture != "scan":
+        raise UsageError("cannot protect the volume", where="--every", why="it belongs to --capture scan")
     config = VolumeConfig(
         id=volumes.new_volume_id(),
         name=name,
@@ -37,6 +58,8 @@ def to_config(
         listen=listen or "",
         attach="loop" if attach == "loop" else "nbd" if attach == "nbd" else "",
         quota_bytes=volumes.default_quota_bytes(directory, VolumeConfig("", "", "").segment_bytes),
+        scan_every_s=volumes.SCAN_EVERY_S if every_s is None else every_s,
+        quiesced=quiesced,
     )
     volumes.check_settings(config)
     return msgspec.structs.asdict(config)
@@ -44,20 +67,48 @@ def to_config(
 
 def other_volumes(directory: Path) -> list[VolumeConfig]:
     """The settings of every protected volume. Raises ConfigError."""
-    return [volumes.load_volume(directory, name) for name in volumes.list_volumes(directory)]
+    return [volumes.load_volume(directory, name) for name in volumes.list_volumes(directory, None)]
 
 
-def spec_of(directory: Path, config: VolumeConfig) -> VolumeSpec:
-    """What replication has to know of a volume. Raises OSError when its disk cannot be looked at."""
+def spec_of(directory: Path, config: VolumeConfig, known_bytes: int = 0) -> VolumeSpec:
+    """What replication has to know of a volume.
+
+    Args:
+        known_bytes: Size of a disk that may be missing; 0: it may not.
+
+    Raises:
+        OSError: The disk cannot be looked at.
+    """
+    try:
+        size_bytes = read_disk(Path(config.disk)).size_bytes
+    except OSError:
+        if not known_bytes:
+            raise
+        size_bytes = known_bytes
     return VolumeSpec(
         config.id_bytes,
         config.name,
         Path(config.disk),
-        read_disk(Path(config.disk)).size_bytes,
+        size_bytes,
         SECTOR_BYTES,
         Layout(directory).volume(config.name),
         volumes.state_page(directory, config),
     )
+
+
+def replica_of(directory: Path, config: VolumeConfig, clock: Clock, *, journal: bool = True) -> Replica:
+    """A volume as replication knows it, by its engine; without ``journal`` only its state can be asked.
+
+    Raises:
+        OSError: The disk cannot be looked at.
+    """
+    if config.scanned:
+        # A disk that is not there now may come back; meanwhile it is in every cut, as it was.
+        known = known_size(Layout(directory).volume(config.name))
+        spec = spec_of(directory, config, known_bytes=known)
+        return ScanReplica(spec, config.scan_every_s, config.quiesced, clock)
+    spec = spec_of(directory, config)
+    return Replica(spec, JournalReader(spec.folder) if journal else None)
 
 
 def entry(
@@ -69,7 +120,7 @@ def entry(
         "disk": config.disk,
         "capture": config.capture,
         "device": device,
-        "uri": volumes.nbd_uri(directory, config),
+        "uri": None if config.scanned else volumes.nbd_uri(directory, config),
         "state": state,
         "capture_mode": capture_mode,
     }
@@ -82,13 +133,18 @@ def entries(directory: Path, name: str | None = None) -> list[dict[str, Any]]:
         if name is not None and config.name != name:
             continue
         try:
-            replica = Replica(spec_of(directory, config), None)
+            replica = replica_of(directory, config, SystemClock(), journal=False)
             state, mode = replica.name_state(), replica.capture_mode()
             replica.close()
         except OSError:
-            state, mode = "failed", "bitmap"
+            state, mode = "failed", unknown_mode(config)
         found.append(entry(directory, config, state, mode, None))
     return found
+
+
+def unknown_mode(config: VolumeConfig) -> str:
+    """The capture mode of a volume that cannot be asked: never one better than it has."""
+    return CAPTURE_MODE if config.scanned else "bitmap"
 
 
 def protect_without_agent(directory: Path, values: dict[str, Any]) -> None:
@@ -107,7 +163,10 @@ def protect_without_agent(directory: Path, values: dict[str, Any]) -> None:
 def unprotect_without_agent(directory: Path, name: str) -> None:
     """Forget a volume. Raises NotFound, Conflict."""
     with agent_lock(directory):
+        config = volumes.load_volume(directory, name)
         volumes.remove_volume(directory, name)
+        if config.scanned:
+            volumes.state_page(directory, config).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -26,6 +27,10 @@ QUOTA_SHARE: Final = 10
 SEGMENTS_MIN: Final = 4
 """A quota holds the segment that is written, the one prepared, and two that are being vaulted."""
 VOLUME_BYTES_MAX: Final = 1 << 63
+SCAN_EVERY_S: Final = 900.0
+_SCAN_EVERY_MIN_S: Final = 0.5
+_SCAN_EVERY_MAX_S: Final = 366 * 86_400.0
+_SCAN_KEYS: Final = frozenset({"scan_every_s", "quiesced"})
 # No place for a journal: gone with the kernel, or with a network that the disk does not need.
 _VOLATILE: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _REMOTE: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "fuse.sshfs"})
@@ -48,6 +53,8 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         journal_stall_max_s: The workload waits no longer than this for a journal that does not answer.
         on_journal_lost: What then: go on without a durable record, or wait for it.
         group_commit_ms: The journal is made durable after this time at the latest.
+        scan_every_s: With ``scan``: from the beginning of one pass over the disk to that of the next.
+        quiesced: With ``scan``: the user promises that nobody writes to the disk during a pass.
     """
 
     id: str
@@ -62,6 +69,13 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     journal_stall_max_s: float = 2.0
     on_journal_lost: Literal["continue", "wait"] = "continue"
     group_commit_ms: float = 5.0
+    scan_every_s: float = SCAN_EVERY_S
+    quiesced: bool = False
+
+    @property
+    def scanned(self) -> bool:
+        """It is compared as a whole from time to time; no tap, journal or socket belongs to it."""
+        return self.capture == "scan"
 
     @property
     def id_bytes(self) -> bytes:
@@ -117,8 +131,13 @@ def save_volume(directory: Path, config: VolumeConfig) -> None:
     """Write ``volume.toml`` whole and durable, making its folder. Raises CapacityError or Failed."""
     path = config_path(directory, config.name)
     path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-    # A JSON string or number is the same in TOML; the fields above need nothing more.
-    values = msgspec.structs.asdict(config).items()
+    # A JSON string, number or boolean is the same in TOML; the fields above need nothing more. The keys of
+    # scan are written for scan alone: an agent from before it refuses what it does not know.
+    values = [
+        (key, value)
+        for key, value in msgspec.structs.asdict(config).items()
+        if config.scanned or key not in _SCAN_KEYS
+    ]
     write_private(path, "".join(f"{key} = {json.dumps(value)}\n" for key, value in values).encode())
 
 
@@ -132,14 +151,30 @@ def remove_volume(directory: Path, name: str) -> None:
         raise NotFound("there is no such volume", where=name) from error
 
 
-def list_volumes(directory: Path) -> list[str]:
-    """Names of the protected volumes, sorted."""
+def list_volumes(directory: Path, capture: str | None = "tap-nbd") -> list[str]:
+    """Names of the protected volumes of one capture engine, sorted; ``None``: of all of them.
+
+    One whose settings cannot be read counts for every engine: who loads it is told why.
+    """
     folder = Layout(directory).volumes
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted(name for name in names if valid_name(name) and (folder / name / CONFIG_NAME).exists())
+    return sorted(
+        name
+        for name in names
+        if valid_name(name)
+        and (path := folder / name / CONFIG_NAME).exists()
+        and (capture is None or _capture_of(path) in (capture, None))
+    )
+
+
+def _capture_of(path: Path) -> object:
+    try:
+        return tomllib.loads(path.read_text()).get("capture", "tap-nbd")
+    except (OSError, ValueError):
+        return None
 
 
 def check_settings(config: VolumeConfig) -> None:
@@ -168,6 +203,20 @@ def check_settings(config: VolumeConfig) -> None:
         raise refuse("group_commit_ms", "it is 0 to 1000")
     if not 1 <= config.segment_seconds <= 86_400:
         raise refuse("segment_seconds", "it is 1 to 86400")
+    _check_scan(config, refuse)
+
+
+def _check_scan(config: VolumeConfig, refuse: Callable[[str, str], UsageError]) -> None:
+    if not _SCAN_EVERY_MIN_S <= config.scan_every_s <= _SCAN_EVERY_MAX_S:
+        raise refuse("scan_every_s", f"it is {_SCAN_EVERY_MIN_S:g} to {_SCAN_EVERY_MAX_S:.0f}")
+    if config.scanned and config.listen:
+        raise refuse("listen", "scan has no socket: the workload goes on using the disk itself")
+    if config.scanned and config.attach:
+        raise refuse("attach", "scan makes no device: the workload goes on using the disk itself")
+    if config.quiesced and not config.scanned:
+        raise refuse("quiesced", "it belongs to --capture scan; a tap sees every write")
+    if config.scan_every_s != SCAN_EVERY_S and not config.scanned:
+        raise refuse("scan_every_s", "it belongs to --capture scan; a tap sees every write")
 
 
 def default_quota_bytes(directory: Path, segment_bytes: int) -> int:
@@ -211,16 +260,21 @@ def check_protect(
     """
     host = host or Host()
     check_settings(config)
-    check_socket_path(socket_path(directory, config))
     disk = Path(config.disk)
+    if not config.scanned:
+        check_socket_path(socket_path(directory, config))
     _check_shape(disk)
     for other in others:
         if other.name == config.name:
             raise Conflict("there is a volume of this name", where=config.name)
-        if socket_path(directory, other) == socket_path(directory, config):
+        sockets = not (config.scanned or other.scanned)
+        if sockets and socket_path(directory, other) == socket_path(directory, config):
             raise Conflict("another volume listens there", where=str(socket_path(directory, other)))
         if _same_disk(disk, Path(other.disk)) or _is_part_of(disk, Path(other.disk), host):
             raise Conflict("the disk is protected already", where=config.disk, why=f"as volume {other.name}")
+    if config.scanned:
+        return  # it only reads: mounted, read-only and in use are all the same to it, and it keeps no journal
+    _check_writable(disk)
     _check_journal_place(directory, disk, config, host)
     why = in_use(disk, host=host)
     if why:
@@ -235,16 +289,23 @@ def _check_shape(disk: Path) -> None:
     except OSError as error:
         why = error.strerror or str(error)
         raise UsageError("cannot protect the disk", where=str(disk), why=why) from error
-    size = identity.size_bytes
-    why = ""
-    if size == 0:
-        why = "it has no bytes"
-    elif size % SECTOR_BYTES:
-        why = f"its {size} bytes are not a multiple of {SECTOR_BYTES}: truncate -s %{SECTOR_BYTES} extends it"
-    elif size > VOLUME_BYTES_MAX - SECTOR_BYTES:
-        why = "it is larger than 2^63 bytes"
-    if why:
+    if why := why_no_volume(identity.size_bytes):
         raise UsageError("cannot protect the disk", where=str(disk), why=why)
+
+
+def why_no_volume(size_bytes: int) -> str:
+    """Return why a disk of this size cannot be a volume, in one clause; empty when it can."""
+    if size_bytes == 0:
+        return "it has no bytes"
+    if size_bytes % SECTOR_BYTES:
+        extend = f"truncate -s %{SECTOR_BYTES} extends it"
+        return f"its {size_bytes} bytes are not a multiple of {SECTOR_BYTES}: {extend}"
+    if size_bytes > VOLUME_BYTES_MAX - SECTOR_BYTES:
+        return "it is larger than 2^63 bytes"
+    return ""
+
+
+def _check_writable(disk: Path) -> None:
     try:
         os.close(os.open(disk, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:

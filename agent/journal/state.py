@@ -20,6 +20,8 @@ from farshore.errors import Unreachable
 
 DATA: Final = 1
 BITMAP: Final = 2
+SCAN: Final = 3
+"""No tap at all: the agent itself publishes which pass over the disk it is at (`agent.capture.scan`)."""
 
 FAILED: Final = 1
 JOURNAL_LOST: Final = 2
@@ -49,7 +51,7 @@ class State(msgspec.Struct, frozen=True, gc=False):
         stable_lsn: The stable mark.
         heartbeat_ns: Wall clock of the last update or beat.
         heartbeat_monotonic_ns: The same moment by CLOCK_MONOTONIC, which all processes of a boot share.
-        capture_mode: ``DATA`` or ``BITMAP``.
+        capture_mode: ``DATA``, ``BITMAP`` or ``SCAN``.
         flags: ``FAILED``, ``JOURNAL_LOST``, ``RESYNC_REQUIRED``.
         dirty_epoch: As in the mark.
         dirty_regions: Bits set in the dirty map.

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Final
 from blake3 import blake3
 
 from agent.link import BlockingLink, LinkDown, Server
-from agent.replicate.disk import READ_BYTES, OpenDisk, Reader
+from agent.replicate.disk import READ_BYTES, Block, OpenDisk, Reader
 from agent.replicate.ipc import (
     Broken,
     Done,
@@ -58,6 +58,14 @@ _PR_SET_PDEATHSIG: Final = 1
 _EMPTY_OFFER_TOKEN: Final = 0
 
 
+class DiskFault(Exception):
+    """The disk of ``volume`` cannot be read."""
+
+    def __init__(self, volume: bytes, error: OSError) -> None:
+        super().__init__(error.strerror or str(error))
+        self.volume = volume
+
+
 @dataclass(slots=True)
 class Sent:
     """A COPY under way."""
@@ -90,7 +98,8 @@ class Copier:
     def __init__(self, setup: Setup, parent: socket.socket, link: BlockingLink, received: bytearray) -> None:
         """``received``: the beginning of a message that is not whole yet."""
         self._setup, self._parent, self._link = setup, parent, link
-        self._readers: dict[bytes, Reader] = {}
+        self._readers: dict[bytes, tuple[Volume, OpenDisk, Reader]] = {}
+        self._asked: Counter[bytes] = Counter()
         self._credit = setup.credit_bytes
         self._token = setup.first_token
         self._zeros = bytes(max(setup.chunk_bytes, READ_BYTES))
@@ -161,7 +170,7 @@ class Copier:
         reader = self._reader(work.volume)
         end = work.offset + work.length
         for offset in range(work.offset, end, READ_BYTES):
-            block = reader.read(offset, min(READ_BYTES, end - offset), work.applied_min)
+            block = self._read(work, reader, offset, min(READ_BYTES, end - offset))
             if offset == work.offset:
                 # The oldest of the works's reads stands for all: more is cut out, never less.
                 progress.applied_lsn = block.applied_lsn
@@ -220,7 +229,7 @@ class Copier:
         filled = 0
         applied_lsn, captured_lsn = -1, 0
         for offset, length in extents:
-            block = reader.read(offset, length, progress.work.applied_min, filled)
+            block = self._read(progress.work, reader, offset, length, filled)
             applied_lsn = block.applied_lsn if applied_lsn < 0 else applied_lsn
             captured_lsn = block.captured_lsn
             for at in range(0, length, chunk_bytes):
@@ -264,10 +273,28 @@ class Copier:
         self._link.send(m.Copy(token, progress.work.volume.id, applied_lsn, chunks), raw)
 
     def _reader(self, volume: Volume) -> Reader:
-        reader = self._readers.get(volume.id)
-        if reader is None:
-            reader = self._readers[volume.id] = Reader(OpenDisk(volume))
+        found = self._readers.get(volume.id)
+        if found is not None and found[0] == volume:
+            return found[2]
+        self._let_go(volume.id)
+        try:
+            disk = OpenDisk(volume)
+        except OSError as error:
+            raise DiskFault(volume.id, error) from error
+        reader = Reader(disk)
+        self._readers[volume.id] = volume, disk, reader
         return reader
+
+    def _read(self, work: Work, reader: Reader, offset: int, length: int, at: int = 0) -> Block:
+        try:
+            return reader.read(offset, length, work.applied_min, at)
+        except OSError as error:
+            raise DiskFault(work.volume.id, error) from error
+
+    def _let_go(self, volume: bytes) -> None:
+        found = self._readers.pop(volume, None)
+        if found is not None:
+            found[1].close()
 
     def _next_token(self) -> int:
         self._token += 1
@@ -293,6 +320,11 @@ class Copier:
             )
         )
         self._reported_wire_bytes = wire_bytes
+        volume = progress.work.volume
+        self._asked[volume.id] -= 1
+        if volume.scan and not self._asked[volume.id]:
+            # Held open, a snapshot could not be removed when its pass is over.
+            self._let_go(volume.id)
 
     # --- receiving ---
 
@@ -354,6 +386,7 @@ class Copier:
         """Do as the agent says."""
         match message:
             case Work():
+                self._asked[message.volume.id] += 1
                 self._works.append(Progress(message))
             case Stop():
                 self._stopping = True
@@ -437,10 +470,12 @@ def main(descriptor: int, parent_pid: int) -> None:
             link.close()
         except LinkDown as error:
             parent.sendall(encode(Broken(error.reason, str(error))))
+        except DiskFault as error:
+            parent.sendall(encode(Broken("disk", str(error), error.volume)))
         except FarshoreError as error:
             parent.sendall(encode(Broken("internal", str(error))))
         except OSError as error:
-            parent.sendall(encode(Broken("disk", error.strerror or str(error))))
+            parent.sendall(encode(Broken("internal", error.strerror or str(error))))
     except (EOFError, ConnectionError):
         pass  # the agent is gone, and with it whoever could want to know
 

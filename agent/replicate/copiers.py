@@ -40,8 +40,8 @@ class Source(Protocol):
 
     def done(self, message: ipc.Done) -> None: ...
 
-    def given_back(self, numbers: list[int], reason: str, text: str) -> None:
-        """The copier is gone; these works are to do again."""
+    def given_back(self, numbers: list[int], reason: str, text: str, volume: bytes) -> None:
+        """The copier is gone; these works are to do again. With reason ``disk``, ``volume`` is whose."""
         ...
 
 
@@ -120,7 +120,7 @@ class CopierPool:
         self._launched += 1
         setup = self._make_setup(self._launched * TOKENS_PER_COPIER)
         ours, theirs = socket.socketpair()
-        reason, text = "internal", "it was stopped"
+        reason, text, volume = "internal", "it was stopped", b""
         running: Running | None = None
         works = {first.number} if first is not None else set()
         try:
@@ -140,7 +140,7 @@ class CopierPool:
             running = self._running[place] = Running(process, writer, works)
             writer.write(ipc.encode(setup) + (ipc.encode(first) if first is not None else b""))
             await writer.drain()
-            reason, text = await self._converse(running, reader, backoff)
+            reason, text, volume = await self._converse(running, reader, backoff)
         except (OSError, asyncio.IncompleteReadError) as error:
             reason, text = "internal", f"the copier ended: {error}"
         finally:
@@ -151,12 +151,12 @@ class CopierPool:
             else:
                 ours.close()
             if works:
-                self._source.given_back(sorted(works), reason, text)
+                self._source.given_back(sorted(works), reason, text, volume)
         return reason, text
 
     async def _converse(
         self, running: Running, reader: asyncio.StreamReader, backoff: Backoff
-    ) -> tuple[str, str]:
+    ) -> tuple[str, str, bytes]:
         received = bytearray()
         idle = 0.0
         while True:
@@ -165,10 +165,10 @@ class CopierPool:
                 async with asyncio.timeout(0.2 if running.ready and len(running.works) < WORKS_AHEAD else 60):
                     got = await reader.read(256 * KIB)
                 if not got:
-                    return "internal", "the copier died"
+                    return "internal", "the copier died", b""
             except TimeoutError:
                 if not running.ready:
-                    return "timeout", "the data connection did not come about"
+                    return "timeout", "the data connection did not come about", b""
             received += got
             for message in ipc.split(received, ipc.from_copier):
                 match message:
@@ -180,15 +180,15 @@ class CopierPool:
                     case ipc.Done():
                         running.works.discard(message.work)
                         self._source.done(message)
-                    case ipc.Broken(reason=reason, text=text):
-                        return reason, text
+                    case ipc.Broken(reason=reason, text=text, volume=volume):
+                        return reason, text, volume
             if running.ready:
                 self._feed(running)
             idle = 0.0 if running.works else idle + 0.2
             if idle >= self._idle_s:
                 running.writer.write(ipc.encode(ipc.Stop()))
                 await running.writer.drain()
-                return "", ""
+                return "", "", b""
 
     def _feed(self, running: Running) -> None:
         while len(running.works) < WORKS_AHEAD:

@@ -94,6 +94,11 @@ class CopyRule:
         tracked_from = self._tracked_from
         return tracked_from is not None and applied_lsn >= tracked_from and self.vaulted_lsn >= after
 
+    @property
+    def tracking(self) -> bool:
+        """Records are remembered: copies are under way or waiting, or `forget` was not called."""
+        return self._tracked_from is not None
+
     def forget(self) -> None:
         """Stop remembering records, unless a copy is still under way or waiting."""
         if not self._floors and not self._accepted:

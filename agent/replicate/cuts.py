@@ -1,5 +1,6 @@
 """Which cut is next in the stream, and what its MARK says of each volume. Pure."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -60,6 +61,9 @@ class PendingCuts:
 
     def add(self, cut: Cut) -> None:
         """A cut was taken now, or found in a journal."""
+        known = self._cuts.get(cut.seq)
+        if known is not None and len(known.volumes) > len(cut.volumes):
+            return  # the journals know of fewer volumes than whoever took it
         if cut.seq > self.last_seq:
             self._cuts[cut.seq] = cut
             if len(self._cuts) > PENDING_MAX:
@@ -139,8 +143,9 @@ def make_mark(cut: Cut, cut_seq: int, streams: dict[bytes, Stream]) -> m.Mark:
 def _volume_mark(
     seq: int, entry: CutVolume | None, stream: Stream, copies_max: int, cut_outs_max: int
 ) -> m.VolumeMark:
-    if entry is None or not stream.sending:
-        # It stays where it was; beside newer states of the others that was never the case at any instant.
+    if entry is None or not stream.sending or entry.lsn < stream.rule.previous_cut:
+        # It stays where it was, or is elsewhere by now (the next pass over a scanned disk has begun); beside
+        # newer states of the others that was never the case at any instant.
         incarnation, lsn = stream.mark
         return m.VolumeMark(stream.id, incarnation, lsn, True, stream.copied, stream.rule.copy_end, ())
     placed = stream.rule.cut(entry.lsn, copies_max=copies_max, cut_outs_max=cut_outs_max)
@@ -161,9 +166,13 @@ def _volume_mark(
     )
 
 
-def is_fuzzy(mark: m.Mark) -> bool:
-    """As the server decides it: a point of this cut is not offered by default."""
-    return any(volume.fuzzy or not volume.copied or volume.lsn < volume.copy_end for volume in mark.volumes)
+def is_fuzzy(mark: m.Mark, *, without: Collection[bytes] = ()) -> bool:
+    """As the server decides it: a point of this cut is not offered by default; ``without`` some volumes."""
+    return any(
+        volume.fuzzy or not volume.copied or volume.lsn < volume.copy_end
+        for volume in mark.volumes
+        if volume.volume not in without
+    )
 
 
 def vaulted_tokens(stream: Stream, seq: int) -> list[int]:

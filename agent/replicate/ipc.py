@@ -9,11 +9,17 @@ _LENGTH: Final = struct.Struct("<I")
 
 
 class Volume(msgspec.Struct, frozen=True, array_like=True):
-    """Where a copier finds a volume."""
+    """Where a copier finds a volume.
+
+    Attributes:
+        scan: Number of the pass that scans it; 0 for a disk behind a tap. Another pass may find another disk
+            at the same path, so the disk is opened anew, and let go of when nothing is asked of it.
+    """
 
     id: bytes
     disk: str
     state_page: str
+    scan: int = 0
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -90,10 +96,11 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 
 class Broken(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """The copier ends: ``reason`` as in `agent.link.REASONS`, or ``disk``."""
+    """The copier ends: ``reason`` as in `agent.link.REASONS`, or ``disk``, with the volume that it is."""
 
     reason: str
     text: str
+    volume: bytes = b""
 
 
 _Message = TypeVar("_Message")

@@ -39,9 +39,18 @@ class Replica:
         self.total_bytes = 0
         self.vaulted_lsn = 0
         self._page: StatePageReader | None = None
-        remembered = _remembered(spec.folder / FILE_NAME)
-        self._paused = bool(remembered.get("paused", False))
-        self._copied = bool(remembered.get("copied", False))
+        memory = remembered(spec.folder / FILE_NAME)
+        self._paused = bool(memory.get("paused", False))
+        self._copied = bool(memory.get("copied", False))
+
+    @property
+    def scanned(self) -> bool:
+        """It has no tap: `agent.capture.scan.ScanReplica`."""
+        return False
+
+    def fuzzy_anyway(self) -> bool:
+        """Tell whether a cut taken now would be fuzzy for this volume, and one more would not mend that."""
+        return False
 
     @property
     def journal(self) -> Journal:
@@ -156,11 +165,14 @@ class Replica:
             self._page = None
 
     def _remember(self) -> None:
-        content = json.dumps({"paused": self._paused, "copied": self._copied})
-        write_private(self.spec.folder / FILE_NAME, content.encode())
+        write_private(self.spec.folder / FILE_NAME, json.dumps(self._memory()).encode())
+
+    def _memory(self) -> dict[str, object]:
+        return {"paused": self._paused, "copied": self._copied}
 
 
-def _remembered(path: Path) -> dict[str, object]:
+def remembered(path: Path) -> dict[str, object]:
+    """What a `Replica` wrote to ``path``; nothing when there is nothing that could be read."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

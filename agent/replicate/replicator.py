@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from agent.capture.scan import ScanReplica, fresh
 from agent.config import AgentConfig, Layout, parse_address
 from agent.link import Backoff, Link, LinkDown, Server, hello
 from agent.metrics import Metrics
@@ -106,6 +107,9 @@ class Replicator:
     async def resync(self, name: str) -> None:
         """Compare the whole volume with the vault again. Raises NotFound, Unreachable."""
         replica = self.named(name)
+        if isinstance(replica, ScanReplica):
+            replica.compare_again()
+            return
         replica.safe.clear()
         if self._session is None:
             # Kept by the tap, so that it happens with the next session, after a crash too.
@@ -121,7 +125,8 @@ class Replicator:
                 case "point":
                     if session is None:
                         raise Unreachable("no session")
-                    return m.Result(command.id, True, "", await session.cut(command.tag))
+                    async with fresh(list(self.replicas.values())):
+                        return m.Result(command.id, True, "", await session.cut(command.tag))
                 case "pause":
                     self.pause(command.volume or "")
                 case "resume":

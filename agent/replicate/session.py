@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
+from agent.capture.scan import ScanReplica
 from agent.journal.errors import JournalGap
 from agent.journal.state import BITMAP, DATA, FAILED, RESYNC_REQUIRED, State
 from agent.link import Link, LinkDown
@@ -18,6 +19,7 @@ from agent.replicate.copiers import CopierPool, setup_for
 from agent.replicate.copyrule import AcceptedCopy, CopyRule
 from agent.replicate.delta import Delta, Frame, start_message
 from agent.replicate.job import Job, dirty_units, whole_volume
+from agent.replicate.passes import Passes
 from agent.replicate.ports import DirtyRegions, Journal, Tap
 from agent.replicate.replica import Replica
 from farshore.errors import Conflict, CorruptRecord, FarshoreError, Unreachable
@@ -78,6 +80,8 @@ class Session:
         self._cut_now = asyncio.Event()
         self._commands: asyncio.Queue[m.Command] = asyncio.Queue(COMMANDS_MAX)
         self._awaited: dict[int, asyncio.Future[int]] = {}
+        self._cutting = 0
+        self._passes = Passes(self)
         self._restart = asyncio.Event()
         self._began = time.monotonic()
         self.acked = False
@@ -140,13 +144,27 @@ class Session:
         """Take the next cut now."""
         self._cut_now.set()
 
+    def position(self, volume: bytes) -> m.VolumePosition:
+        """Where the vault stands with a volume of this session."""
+        return self._positions[volume]
+
+    def passed_over(self, volume: bytes, lsn: int) -> None:
+        """Nothing came up to ``lsn`` that would be worth a cut."""
+        self._last_cut[volume] = lsn
+
+    def _scans(self) -> set[bytes]:
+        return {id for id, replica in self.replicas.items() if replica.scanned}
+
+    def _fuzzy_anyway(self) -> set[bytes]:
+        return {id for id, replica in self.replicas.items() if replica.fuzzy_anyway()}
+
     async def cut(self, tag: str | None) -> int:
         """Take a cut now and return the cut_seq of its MARK, which is on its way then.
 
         Raises:
             Unreachable: The tap is away, or the MARK could not be sent in time.
         """
-        cut = await self.tap.cut(tag)
+        cut = await self._cut(tag)
         sent: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._awaited[cut.seq] = sent
         self._took(cut)
@@ -252,7 +270,9 @@ class Session:
         """The server cannot take a volume's records: it has others under that name, or some are missing."""
         replica = self.replicas.get(volume or b"")
         log.error("volume_refused", volume=replica.spec.name if replica else "", code=code, error=text)
-        if replica is not None and code in ("gap", "conflict"):
+        if isinstance(replica, ScanReplica):
+            replica.forget()
+        elif replica is not None and code in ("gap", "conflict"):
             state = replica.state()
             position = self._positions[replica.spec.id]
             await self.tap.resync_required(
@@ -269,7 +289,8 @@ class Session:
         mark: m.Mark | None = None
         for seq in [seq for seq in self._unacked if seq <= ack.cut_seq]:
             mark = self._unacked.pop(seq)
-        copied = {volume.volume for volume in mark.volumes if volume.copied} if mark else set()
+        copied = self._copied_in(mark) if mark is not None else set()
+        scans = self._scans()
         for vaulted in ack.volumes:
             stream, replica = self.streams.get(vaulted.id), self.replicas.get(vaulted.id)
             if stream is None or replica is None:
@@ -284,14 +305,32 @@ class Session:
                 replica.safe |= stream.job.safe
             await self._quietly(self.tap.vaulted(vaulted.id, vaulted.incarnation, vaulted.lsn))
             if vaulted.id in copied:
-                await self._copied(stream, replica, offerable=ack.consistency != "fuzzy")
+                # What is scanned may be fuzzy for ever, and keeps no tap's volume from being protected.
+                fuzzy = ack.consistency == "fuzzy"
+                if fuzzy and scans and mark is not None:
+                    fuzzy = cuts.is_fuzzy(mark, without=scans)
+                await self._copied(stream, replica, offerable=not fuzzy)
         self.counters.record("points", 1)
         self._send_now.set()
+
+    def _copied_in(self, mark: m.Mark) -> set[bytes]:
+        """The volumes of which ``mark`` says that the vault has all, and that is still so."""
+        found = set()
+        for volume in mark.volumes:
+            replica = self.replicas.get(volume.volume)
+            if volume.copied and not (
+                isinstance(replica, ScanReplica) and not self._passes.concerns(replica, volume)
+            ):
+                found.add(volume.volume)
+        return found
 
     async def _copied(self, stream: cuts.Stream, replica: Replica, *, offerable: bool) -> None:
         """The vault has all of the volume."""
         if stream.job is not None and stream.job.kind != "heal":
             self._end_job(stream)
+        if isinstance(replica, ScanReplica):
+            self._passes.vaulted(stream, replica)
+            return
         state = replica.state()
         if state.flags & RESYNC_REQUIRED and state.incarnation == stream.resync_at:
             # The tap calls every cut fuzzy until it hears this. What was vaulted holds from here on: a cut
@@ -314,9 +353,19 @@ class Session:
             log.warning("tap_not_reached", error=str(error))
 
     async def _run_commands(self) -> None:
-        while True:
-            command = await self._commands.get()
-            await self.link.send(await self._command(command))
+        # Each on its own: a point may wait for a pass over a scanned disk, a pause must not wait for that.
+        room = asyncio.Semaphore(COMMANDS_MAX)
+
+        async def run(command: m.Command) -> None:
+            try:
+                await self.link.send(await self._command(command))
+            finally:
+                room.release()
+
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await room.acquire()
+                tasks.create_task(run(await self._commands.get()), name="command")
 
     # --- sending ---
 
@@ -381,7 +430,7 @@ class Session:
 
     async def _send_marks(self) -> bool:
         sent = False
-        if not self._all_open():
+        if not self._all_open() or (self._cutting and self._scans()):
             return False
         while (cut := self._pending.first()) is not None:
             if cuts.lost(cut, self.streams):
@@ -408,7 +457,7 @@ class Session:
         mark = cuts.make_mark(cut, seq, self.streams)
         self._since_mark = (0, 0)
         self._unacked[seq] = mark
-        self._last_fuzzy = cuts.is_fuzzy(mark)
+        self._last_fuzzy = cuts.is_fuzzy(mark, without=self._fuzzy_anyway())
         failpoint("agent.before_mark")
         await self.link.send(mark)
         failpoint("agent.after_mark")
@@ -431,9 +480,20 @@ class Session:
             if len(self._unacked) >= MARKS_UNACKED_MAX or not self._needs_cut():
                 continue
             try:
-                self._took(await self.tap.cut(None))
+                self._took(await self._cut(None))
             except Unreachable as error:
                 log.warning("no_cut", error=str(error))
+
+    async def _cut(self, tag: str | None) -> Cut:
+        """Have a cut taken; with scanned volumes no MARK is sent meanwhile.
+
+        The tap's journals tell of the same cut, perhaps before this returns, but without those volumes.
+        """
+        self._cutting += 1
+        try:
+            return await self.tap.cut(tag)
+        finally:
+            self._cutting -= 1
 
     def _took(self, cut: Cut) -> None:
         cut = cuts.served(cut)
@@ -448,18 +508,18 @@ class Session:
         for id, stream in self.streams.items():
             replica = self.replicas.get(id)
             state = replica.state_or_none() if replica is not None else None
+            job = stream.job
+            copied = job is not None and job.kind != "heal" and job.finished and not stream.copied
+            wants = bool(stream.rule.waiting or copied)
+            if replica is not None and replica.fuzzy_anyway() and not wants:
+                continue
             if state is None or not stream.sending:
                 better = False
                 continue
-            if state.captured_lsn > self._last_cut.get(id, stream.mark[1]):
-                return True
-            job = stream.job
-            if stream.rule.waiting or (
-                job is not None and job.kind != "heal" and job.finished and not stream.copied
-            ):
+            if wants or state.captured_lsn > self._last_cut.get(id, stream.mark[1]):
                 return True
             flagged = state.flags & RESYNC_REQUIRED
-            if state.dirty_regions or state.capture_mode != DATA or flagged or not stream.copied:
+            if state.dirty_regions or state.capture_mode == BITMAP or flagged or not stream.copied:
                 better = False
             if state.captured_lsn < stream.rule.copy_end:
                 better = False
@@ -483,6 +543,9 @@ class Session:
 
     async def _plan_volume(self, replica: Replica) -> None:
         stream = self.streams[replica.spec.id]
+        if isinstance(replica, ScanReplica):
+            await self._passes.plan(stream, replica, self._positions[stream.id])
+            return
         if not stream.opened:
             await self._open(replica)
             return
@@ -512,7 +575,7 @@ class Session:
             # Not compared: what is dirty was written, and asking costs the server a table of the volume.
             job = Job("heal", units, compare=False, after=replica.state().captured_lsn)
             self._heals[stream.id] = dirty
-            self._begin(stream, job)
+            self.begin_job(stream, job)
             log.info("healing_started", volume=replica.spec.name, bytes=job.total_bytes)
 
     def _start_full(self, stream: cuts.Stream, replica: Replica, state: State) -> None:
@@ -521,7 +584,7 @@ class Session:
         # Whatever the vault has was perhaps made before writes that went past the journal.
         after = 0 if empty and not stream.resync else state.captured_lsn
         job = Job("resync" if stream.resync else "initial", units, compare=not empty, after=after)
-        self._begin(stream, job)
+        self.begin_job(stream, job)
         log.info(
             "copying_started",
             volume=replica.spec.name,
@@ -530,7 +593,8 @@ class Session:
             compare=job.compare,
         )
 
-    def _begin(self, stream: cuts.Stream, job: Job) -> None:
+    def begin_job(self, stream: cuts.Stream, job: Job) -> None:
+        """Hand out the units of ``job`` to the copiers from now on."""
         stream.rule.track()
         stream.job = job
         if job.finished:
@@ -577,7 +641,8 @@ class Session:
                 continue
             stream.rule.reading(number, state.applied_lsn)
             self._works[number] = (stream, job)
-            volume = ipc.Volume(stream.id, str(replica.spec.disk), str(replica.spec.state_page))
+            scan = state.captured_lsn if replica.scanned else 0
+            volume = ipc.Volume(stream.id, str(replica.spec.disk), str(replica.spec.state_page), scan)
             return ipc.Work(number, volume, unit.offset, unit.length, job.compare, state.applied_lsn)
         return None
 
@@ -607,16 +672,23 @@ class Session:
         if job.finished and stream.job is job:
             self.want_cut()
 
-    def given_back(self, numbers: list[int], reason: str, text: str) -> None:
+    def given_back(self, numbers: list[int], reason: str, text: str, volume: bytes) -> None:
         """For the copiers: one of them is gone."""
         for number in numbers:
             found = self._works.pop(number, None)
-            if found is not None:
-                stream, job = found
-                stream.rule.read(number)
-                job.give_back(number)
-                if reason == "disk":
-                    self.replicas[stream.id].problem = f"the disk cannot be read: {text}"
+            if found is None:
+                continue
+            stream, job = found
+            stream.rule.read(number)
+            job.give_back(number)
+            replica = self.replicas.get(stream.id)
+            if reason != "disk" or replica is None or stream.id != volume:
+                continue
+            why = f"the disk cannot be read: {text}"
+            if not isinstance(replica, ScanReplica):
+                replica.problem = why
+            elif stream.job is job:
+                self._passes.failed(stream, replica, why)
 
 
 def _start_at_first(journal: Journal) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from farshore.errors import Failed, Unreachable, UsageError
+from farshore.units import parse_duration
 
 if TYPE_CHECKING:
     pass
@@ -55,14 +56,25 @@ def command() -> None:
 @click.option(
     "--capture",
     required=True,
-    type=click.Choice(["tap-nbd"]),
-    help="How writes are seen: tap-nbd serves the disk over NBD and logs every write.",
+    type=click.Choice(["tap-nbd", "scan"]),
+    help="tap-nbd serves the disk over NBD and logs every write; scan reads all of it again and again.",
 )
 @click.option("--listen", metavar="unix:SOCK", help="The NBD socket; default DIR/run/NAME.sock.")
 @click.option(
     "--attach",
     type=click.Choice(["loop", "nbd"]),
     help="Make a block device of it: /dev/loopN through qemu-storage-daemon, or the kernel's /dev/nbdN.",
+)
+@click.option(
+    "--every",
+    metavar="DURATION",
+    help="With scan: from the beginning of one pass to that of the next; default 15m.",
+)
+@click.option(
+    "--quiesced",
+    is_flag=True,
+    help="With scan: nobody writes to the disk during a pass (a snapshot, a disk at rest). Without this its "
+    "points are fuzzy.",
 )
 @click.option("--wait", "wait_for", type=click.Choice(["protected"]), help="Return when it is that far.")
 @_json
@@ -73,26 +85,42 @@ def protect_command(
     capture: str,
     listen: str | None,
     attach: str | None,
+    every: str | None,
+    quiesced: bool,
     wait_for: str | None,
     as_json: bool,
 ) -> None:
     """Protect a disk as volume NAME.
 
-    Data disks, image files and disks of virtual machines can be protected; a mounted disk cannot (6), so a
-    root disk cannot. From here on the workload uses the volume's URI or device, never the disk itself.
+    With tap-nbd: data disks, image files and disks of virtual machines; a mounted disk is refused (6). From
+    here on the workload uses the volume's URI or device, never the disk itself.
+
+    With scan: anything that can be read, a mounted root disk too. Every pass sends what differs from the
+    vault. What is written between two passes is lost with the disk, and points are fuzzy (never offered
+    unless asked for) without --quiesced.
     """
     # Imported when used: --help and completion start without numpy.
     from agent.admin import NotRunning, ask
-    from agent.volume_admin import entries, protect_without_agent, to_config
+    from agent.volume_admin import FUZZY_NOTE, entries, protect_without_agent, to_config
 
-    config = to_config(directory, name, disk, capture, listen_path(listen), attach)
+    config = to_config(
+        directory,
+        name,
+        disk,
+        capture,
+        listen_path(listen),
+        attach,
+        quiesced=quiesced,
+        every_s=_duration(every),
+    )
     running = True
     try:
         reply = ask(directory, "protect", config=config)
     except NotRunning:
         running = False
         protect_without_agent(directory, config)
-        reply = {"volumes": entries(directory, name), "notes": []}
+        notes = [FUZZY_NOTE] if capture == "scan" and not quiesced else []
+        reply = {"volumes": entries(directory, name), "notes": notes}
         _say(f"the agent does not run: start it with 'farshore agent run {directory}'")
     for note in reply["notes"]:
         _say(note)
@@ -134,8 +162,8 @@ def _simple(verb: str, help: str) -> None:
         _print({"volumes": reply["volumes"]}, as_json)
 
 
-_simple("resync", "Compare the whole volume with the vault again.")
-_simple("pause", "Send nothing of NAME until it is resumed; its journal goes on.")
+_simple("resync", "Compare the whole volume with the vault again; of a volume that is scanned, now.")
+_simple("pause", "Send nothing of NAME until it is resumed; its journal goes on. No pass over a disk begins.")
 _simple("resume", "End a pause.")
 
 
@@ -284,13 +312,20 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
             f"{volume['capture']} ({volume['capture_mode']})",
             volume["disk"],
             volume["device"] or "-",
-            volume["uri"],
+            volume["uri"] or "-",
         )
         for volume in result["volumes"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _duration(text: str | None) -> float | None:
+    try:
+        return parse_duration(text) if text is not None else None
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _say(text: str) -> None:

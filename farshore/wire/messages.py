@@ -51,7 +51,10 @@ class Enrolled(Message, frozen=True):
 
 
 class VolumeHello(Message, frozen=True):
-    """A volume as the agent has it; ``state`` and ``capture_mode`` as ``volume list`` prints them."""
+    """A volume as the agent has it; ``state`` and ``capture_mode`` as ``volume list`` prints them.
+
+    ``capture_mode`` is ``data``, ``bitmap``, or ``scan``: nobody watches, all of it is compared now and then.
+    """
 
     id: VolumeId
     name: str
@@ -329,7 +332,15 @@ class Ping(Message, frozen=True):
 
 
 class VolumeStatus(Message, frozen=True):
-    """The tap's counters when a PING was answered."""
+    """The tap's counters when a PING was answered.
+
+    A volume in capture mode ``scan`` has no records; its LSN is the number of the newest pass that has begun.
+
+    Attributes:
+        next_pass: With ``scan``: the LSN of the pass that begins next. What is on the disk now is in the
+            vault when that pass is, or a later one; what is vaulted below says nothing of now. 0: not known.
+        cycle_s: With ``scan``: from the beginning of one pass to that of the next.
+    """
 
     id: VolumeId
     incarnation: bytes
@@ -338,6 +349,8 @@ class VolumeStatus(Message, frozen=True):
     backlog_bytes: int
     capture_mode: str
     state: str
+    next_pass: int = 0
+    cycle_s: float = 0.0
 
 
 class Pong(Message, frozen=True):

@@ -45,7 +45,7 @@ BODY_BYTES_MAX: Final = 64 * KIB
 BODY_S: Final = 10.0
 CONNECTIONS_MAX: Final = 64
 TAG_CHARS_MAX: Final = 200
-WAIT_S_MAX: Final = 3600.0
+WAIT_S_MAX: Final = 86_400.0
 TROUBLE_LINES_PER_S: Final = 2
 
 _STATUS: Final[tuple[tuple[type[FarshoreError], int], ...]] = (

@@ -57,8 +57,9 @@ class Commands:
             raise Conflict(
                 "the point is fuzzy",
                 where=outcome.point,
-                why="the machine is not fully protected at the moment",
-                fix="wait until `farshore status` shows it protected",
+                why="the machine is not fully protected at the moment, or a disk in use is scanned",
+                fix="wait until `farshore status` shows it protected; of this point, recover takes any volume"
+                " that is not fuzzy with --volume, all with --allow-fuzzy",
             )
         return outcome.point
 

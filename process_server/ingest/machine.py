@@ -22,7 +22,7 @@ from farshore.units import MIB
 from farshore.wire import messages as m
 from process_server.ingest import stream
 from process_server.ingest.resync import BlockTable
-from process_server.ingest.rpo import RpoTracker
+from process_server.ingest.rpo import MachineRpo
 from process_server.ingest.session import Cut, Session
 from process_server.ingest.stream import VolumeCut
 from process_server.vault.chain import Chain
@@ -132,7 +132,7 @@ class Machine:
         self.id, self.name = id, name
         self.chain, self.head = chain, head
         self.session: Session | None = None
-        self.rpo = RpoTracker()
+        self.rpo = MachineRpo()
         self.fenced = False
         self.denied = False
         self.connected_at: float | None = None
@@ -147,7 +147,7 @@ class Machine:
         self._last_commit = -1e9
         self._idle_since_ns: int | None = None
         self._generation = generation
-        self.rpo.vaulted(self.positions(), offerable=head.consistency == "crash")
+        self._note_rpo()
 
     async def own(self, epoch_seen: int) -> None:
         """Own the chain: with a fence, unless it is ours already. Nothing waits when this is called.
@@ -173,7 +173,11 @@ class Machine:
             self.head = await asyncio.to_thread(read_head, self.chain)
             self.fenced = False
             log.info("chain_owned", machine=self.name, epoch=self.chain.epoch, seq=self.chain.seq)
-        self.rpo.vaulted(self.positions(), offerable=self.head.consistency == "crash")
+        self._note_rpo()
+
+    def _note_rpo(self) -> None:
+        fuzzy = {id for id, entry in self.head.volumes.items() if entry.fuzzy}
+        self.rpo.vaulted(self.positions(), offerable=self.head.consistency == "crash", fuzzy=fuzzy)
 
     def positions(self) -> dict[bytes, tuple[bytes, int, int]]:
         return {id: (entry.incarnation, entry.ordinal, entry.lsn) for id, entry in self.head.volumes.items()}
@@ -384,7 +388,7 @@ class Machine:
             self.outcomes[session.id, cut.cut_seq] = outcome
         while len(self.outcomes) > RECENT_POINTS:
             del self.outcomes[next(iter(self.outcomes))]
-        self.rpo.vaulted(self.positions(), offerable=self.head.consistency == "crash")
+        self._note_rpo()
         session.count_rows(cut for cut in self.cuts if cut.session is session)
         if not session.ended:
             session.link.send(
@@ -423,13 +427,27 @@ class Machine:
         """Return the machine's part of ``farshore status --json``. Called in the metrics thread, too."""
         session = self.session
         rpo_s = self.rpo.rpo_s(now)
+        usual_s = max(RPO_TARGET_MIN_S, 10 * point_interval_s)
+        target_s = usual_s
         volumes: list[dict[str, object]] = []
         states: list[str] = []
+        late: list[tuple[str, float, float]] = []
+        fuzzy: list[str] = []
         for id in list(session.volumes if session is not None else self.head.volumes):
             entry = self.head.volumes.get(id)
             stream = session.volumes.get(id) if session is not None else None
             status = session.status.get(id) if session is not None else None
             states.append(stream.state if stream is not None else "unknown")
+            volume_rpo_s = self.rpo.volume_rpo_s(id, now)
+            volume_target_s = usual_s
+            if stream is not None and stream.capture_mode == "scan":
+                # Just before a pass is vaulted, the one before began one cycle and one pass ago.
+                volume_target_s += 2 * status.cycle_s if status is not None else 0.0
+                target_s = max(target_s, volume_target_s)
+                if stream.copied and entry is not None and entry.fuzzy:
+                    fuzzy.append(stream.name)
+            if stream is not None and volume_rpo_s is not None and volume_rpo_s > volume_target_s:
+                late.append((stream.name, volume_rpo_s, volume_target_s))
             volumes.append(
                 {
                     "name": stream.name if stream is not None else entry.name if entry else "",
@@ -444,6 +462,7 @@ class Machine:
                     "received_lsn": stream.received.lsn if stream is not None else None,
                     "vaulted_lsn": entry.lsn if entry is not None else None,
                     "backlog_bytes": status.backlog_bytes if status is not None else None,
+                    "rpo_seconds": round(volume_rpo_s, 3) if volume_rpo_s is not None else None,
                 }
             )
         health, reasons = judge(
@@ -452,8 +471,10 @@ class Machine:
             fenced=self.fenced,
             states=states,
             rpo_s=rpo_s,
-            target_s=max(RPO_TARGET_MIN_S, 10 * point_interval_s),
+            target_s=target_s,
             has_point=self.head.consistency == "crash",
+            late=late,
+            scanned_fuzzy=fuzzy,
         )
         return {
             "name": self.name,
@@ -526,8 +547,16 @@ def judge(
     rpo_s: float | None,
     target_s: float,
     has_point: bool,
+    late: Sequence[tuple[str, float, float]] = (),
+    scanned_fuzzy: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
-    """Return health (``ok``, ``warning``, ``critical``) and the reasons for anything but ``ok``. Pure."""
+    """Return health (``ok``, ``warning``, ``critical``) and the reasons for anything but ``ok``. Pure.
+
+    Args:
+        rpo_s, target_s: Of a state of all volumes.
+        late: Volumes whose own newest state is older than their target: name, age, target in seconds.
+        scanned_fuzzy: Volumes that are scanned while others may write to them.
+    """
     critical, warning = [], []
     if denied:
         critical.append("the machine is on the deny-list")
@@ -542,10 +571,20 @@ def judge(
             warning.append(f"a volume is {state}")
         elif state in ("resync", "initial-replication"):
             warning.append(f"{state} is running; points are fuzzy until it is complete")
+    warning += [
+        f"volume {name} is scanned while others may write to it, so it is fuzzy in every point;"
+        " recover takes the other volumes with --volume"
+        for name in scanned_fuzzy
+    ]
     if not has_point and connected:
         warning.append("the newest point is fuzzy, or there is none")
     if rpo_s is None:
         warning.append("the recovery point age is not known")
     elif rpo_s > target_s:
         critical.append(f"the newest recoverable state is {rpo_s:.0f} s old, the target is {target_s:.0f} s")
+    if rpo_s is None or rpo_s <= target_s:
+        critical += [
+            f"the newest recoverable state of volume {name} is {age_s:.0f} s old, its target {most_s:.0f} s"
+            for name, age_s, most_s in late
+        ]
     return ("critical" if critical else "warning" if warning else "ok"), critical + warning

@@ -36,7 +36,7 @@ class BlockTable:
     """
 
     def __init__(self, block_bytes: int, size_bytes: int) -> None:
-        self.block_bytes = block_bytes
+        self.block_bytes, self.size_bytes = block_bytes, size_bytes
         count = -(-size_bytes // block_bytes)
         self._ids: npt.NDArray[np.void] = np.zeros(count, "V32")
 
@@ -67,6 +67,10 @@ class BlockTable:
             if index < len(rows) and starts[index] < ends[index]:
                 self._lay(int(starts[index]), int(ends[index]), zero=bool(zeros[index]))
             at = index + 1
+
+    def cut_down(self, size_bytes: int) -> None:
+        """The volume had this size: nothing is known of what lies beyond, whatever was there before."""
+        self._ids[size_bytes // self.block_bytes :] = np.void(UNKNOWN)
 
     def _lay(self, start: int, end: int, *, zero: bool) -> None:
         first, last = start // self.block_bytes, -(-end // self.block_bytes)
@@ -113,6 +117,8 @@ def build_table(
     after = 0
     if found is not None:
         after = found.head.seq
+        if found.head.size_bytes < size_bytes:
+            table.cut_down(found.head.size_bytes)
         for index in found.head.regions:
             table.apply(found.region(index), pack_lookup(reader, found.head.packs))
     extend_table(table, store, keys, machine, volume, after + 1, seq, reader)
@@ -135,6 +141,8 @@ def extend_table(
         change = read_change(store, keys, machine, number)
         part = change.of(volume)
         if part is not None:
+            if part[0].size_bytes < table.size_bytes:
+                table.cut_down(part[0].size_bytes)
             table.apply(part[1], pack_lookup(reader, change.packs))
 
 

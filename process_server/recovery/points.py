@@ -29,6 +29,10 @@ _TIME: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?"
     r"(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
+_WHY_FUZZY: Final = (
+    "a first copy or a compare was not finished, or the disk was scanned while others could write:"
+    " it never was in that state"
+)
 FORMS: Final = "latest, an id rp-…, a time with zone such as 2026-11-21T06:10:08Z, or lsn:N with --volume"
 
 
@@ -111,6 +115,13 @@ class Point:
     @property
     def is_fuzzy(self) -> bool:
         return self.head.consistency == FUZZY
+
+    def is_fuzzy_for(self, name: str | None) -> bool:
+        """Tell whether a volume's content here is a state that it never had; None: that of all of them."""
+        if name is None:
+            return self.is_fuzzy
+        entry = next((volume for volume in self.head.volumes if volume.name == name), None)
+        return entry.fuzzy if entry is not None else self.is_fuzzy
 
     def volume(self, name: str) -> CommitVolume:
         """Return the entry of a volume by its name. Raises NotFound."""
@@ -203,7 +214,7 @@ def resolve(chain: ChainReader, wanted: str, *, volume: str | None, allow_fuzzy:
 
     Args:
         wanted: ``latest``, an id, a time or ``lsn:N``.
-        volume: The volume asked for; ``lsn:N`` needs it.
+        volume: The volume asked for; ``lsn:N`` needs it. Then only that volume must not be fuzzy.
         allow_fuzzy: Take a state that the disk never had, too.
         now_ns: The time; a later one cannot be asked for.
 
@@ -216,15 +227,15 @@ def resolve(chain: ChainReader, wanted: str, *, volume: str | None, allow_fuzzy:
     if newest == 0:
         raise NotFound("the machine has no recovery point", where=id_to_hex(chain.machine))
     if wanted == "latest":
-        return _newest_offerable(chain, newest, allow_fuzzy, wanted)
+        return _newest_offerable(chain, newest, allow_fuzzy, wanted, volume)
     if match := _LSN.fullmatch(wanted):
         if volume is None:
             raise UsageError("lsn:N needs --volume", why="each volume counts its own records")
         return _at_lsn(chain, int(match[1]), volume, allow_fuzzy)
     if match := _POINT.fullmatch(wanted):
-        return _by_id(chain, wanted, match[1], int(match[2]), allow_fuzzy)
+        return _by_id(chain, wanted, match[1], int(match[2]), allow_fuzzy, volume)
     if _TIME.fullmatch(wanted):
-        return _at_time(chain, wanted, allow_fuzzy, now_ns)
+        return _at_time(chain, wanted, allow_fuzzy, now_ns, volume)
     raise UsageError("not a recovery point", where=repr(wanted[:80]), fix=f"write {FORMS}")
 
 
@@ -247,28 +258,33 @@ def missing(name: str) -> IntegrityError:
     )
 
 
-def _newest_offerable(chain: ChainReader, seq: int, allow_fuzzy: bool, wanted: str) -> Cut:
-    """Return the newest point at or below ``seq`` that may be offered."""
+def _newest_offerable(
+    chain: ChainReader, seq: int, allow_fuzzy: bool, wanted: str, volume: str | None
+) -> Cut:
+    """Return the newest point at or below ``seq`` that may be offered, for all volumes or for one."""
     oldest, seen_fuzzy = chain.oldest(), False
     while seq >= oldest:
         head = chain.head(seq)
         if head.kind == "data":
             point = Point(chain.machine, head)
-            if allow_fuzzy or not point.is_fuzzy:
-                return Cut(point, None, point.is_fuzzy)
+            is_fuzzy = point.is_fuzzy_for(volume)
+            if allow_fuzzy or not is_fuzzy:
+                return Cut(point, None, is_fuzzy)
             seen_fuzzy = True
         seq -= 1
     if seen_fuzzy:
         raise Conflict(
             "there is only a fuzzy recovery point",
             where=wanted,
-            why="the first copy, or a compare, was not finished: the disk never was in that state",
-            fix="choose a later point, or say --allow-fuzzy",
+            why=_WHY_FUZZY,
+            fix="choose a later point, one volume with --volume, or say --allow-fuzzy",
         )
     raise NotFound("no recovery point", where=wanted)
 
 
-def _by_id(chain: ChainReader, wanted: str, prefix: str, seq: int, allow_fuzzy: bool) -> Cut:
+def _by_id(
+    chain: ChainReader, wanted: str, prefix: str, seq: int, allow_fuzzy: bool, volume: str | None
+) -> Cut:
     if prefix != chain.machine[:4].hex() or not chain.oldest() <= seq <= chain.newest():
         raise NotFound(
             "no such recovery point", where=wanted, fix="`farshore point list` shows those there are"
@@ -280,12 +296,13 @@ def _by_id(chain: ChainReader, wanted: str, prefix: str, seq: int, allow_fuzzy: 
     if head.kind != "data":
         raise NotFound("no such recovery point", where=wanted, why="that commit is a change of owner")
     point = Point(chain.machine, head)
-    if point.is_fuzzy and not allow_fuzzy:
+    is_fuzzy = point.is_fuzzy_for(volume)
+    if is_fuzzy and not allow_fuzzy:
         raise _is_fuzzy(wanted)
-    return Cut(point, None, point.is_fuzzy)
+    return Cut(point, None, is_fuzzy)
 
 
-def _at_time(chain: ChainReader, wanted: str, allow_fuzzy: bool, now_ns: int) -> Cut:
+def _at_time(chain: ChainReader, wanted: str, allow_fuzzy: bool, now_ns: int, volume: str | None) -> Cut:
     limit = parse_time(wanted)
     # What the vault has already seen is not the future, however slow this host's own clock is.
     if limit > max(now_ns, chain.head(chain.newest()).time_ns):
@@ -299,7 +316,7 @@ def _at_time(chain: ChainReader, wanted: str, allow_fuzzy: bool, now_ns: int) ->
             low = middle
         else:
             high = middle
-    return _newest_offerable(chain, low, allow_fuzzy, wanted)
+    return _newest_offerable(chain, low, allow_fuzzy, wanted, volume)
 
 
 def _at_lsn(chain: ChainReader, lsn: int, name: str, allow_fuzzy: bool) -> Cut:
@@ -325,6 +342,8 @@ def _at_lsn(chain: ChainReader, lsn: int, name: str, allow_fuzzy: bool) -> Cut:
         else:
             high = middle
     exact = low >= oldest and lsn_at(low) == lsn
+    if exact and not allow_fuzzy:
+        low = _newest_exact(chain, low, volume.id, lsn)
     seq = low if exact else high
     head = chain.head(seq)
     entry = volume_of(head, name)
@@ -335,12 +354,29 @@ def _at_lsn(chain: ChainReader, lsn: int, name: str, allow_fuzzy: bool) -> Cut:
     return Cut(Point(chain.machine, head), None if exact else lsn, is_fuzzy)
 
 
+def _newest_exact(chain: ChainReader, seq: int, volume: bytes, lsn: int) -> int:
+    """Of the commits up to ``seq`` that end at ``lsn``, return the newest where the volume is not fuzzy.
+
+    Several end there when nothing was written to it, or when it is scanned, which has one LSN for a pass from
+    its beginning until the next. When all are fuzzy it is ``seq``.
+    """
+    at = seq
+    while at >= chain.oldest():
+        entry = next((entry for entry in chain.head(at).volumes if entry.id == volume), None)
+        if entry is None or entry.lsn != lsn:
+            break
+        if not entry.fuzzy and chain.head(at).kind == "data":
+            return at
+        at -= 1
+    return seq
+
+
 def _is_fuzzy(where: str) -> Conflict:
     return Conflict(
         "the point is fuzzy",
         where=where,
-        why="the first copy, or a compare, was not finished: the disk never was in that state",
-        fix="choose another point, or say --allow-fuzzy",
+        why=_WHY_FUZZY,
+        fix="choose another point, one volume with --volume, or say --allow-fuzzy",
     )
 
 
