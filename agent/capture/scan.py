@@ -123,6 +123,7 @@ class ScanReplica(Replica):
         self._clock = clock
         self._writer: StatePageWriter | None = None
         self._number: int | None = None  # of the newest pass that anybody knows of; None: nobody was asked
+        self._told: int | None = None  # what the server last heard of the next one, in this session
         self._ordinal = 0
         self._due_s = clock.monotonic()
         self._cycle_s = every_s
@@ -179,6 +180,7 @@ class ScanReplica(Replica):
         """What PONG says: the pass that is under way or was last, and the one that is still to begin."""
         last = self.last_pass
         number = last.number if last is not None else self._number or 0
+        self._told = self._number + 1 if self._number is not None else 0
         return m.VolumeStatus(
             self.spec.id,
             last.incarnation.id if last is not None else NO_INCARNATION,
@@ -187,7 +189,7 @@ class ScanReplica(Replica):
             self.backlog_bytes(),
             self.capture_mode(),
             self.name_state(),
-            next_pass=self._number + 1 if self._number is not None else 0,
+            next_pass=self._told,
             cycle_s=self._cycle_s,
         )
 
@@ -233,8 +235,12 @@ class ScanReplica(Replica):
             await self._moved.wait()
 
     def due(self) -> bool:
-        """Tell whether the next pass begins now."""
-        if self.running is not None or self._number is None:
+        """Tell whether the next pass begins now.
+
+        Not before a PING was answered since the last one began: from that moment of its own clock the server
+        counts the age of what this pass will bring.
+        """
+        if self.running is not None or self._number is None or self._told != self._number + 1:
             return False
         if any(ticket.target <= self._whole_number for ticket in self._tickets):
             return False
@@ -259,7 +265,9 @@ class ScanReplica(Replica):
                 self.forget()
         if (running := self.running) is not None:
             # What is not safe is read again, so what was found out about the reads does not count any more.
-            running.job = running.changed = None
+            running.job = None
+            running.changed = running.changed or None
+        self._told = None
         self._number = max(self._number or 0, position.lsn)
         self._ordinal = max(self._ordinal, position.ordinal)
 
@@ -313,7 +321,19 @@ class ScanReplica(Replica):
             capture_mode=SCAN,
         )
         self.last_pass = begun
+        if self.quiesced and self.just_written(disk):
+            self._was_written(begun)
         return begun
+
+    def _was_written(self, found: Pass) -> None:
+        found.changed = True
+        log.warning(
+            "scanned_disk_changed",
+            volume=self.spec.name,
+            disk=str(self.spec.disk),
+            lsn=found.number,
+            error="it was written to during the pass, in spite of --quiesced: the point is fuzzy",
+        )
 
     def _memory(self) -> dict[str, object]:
         return {**super()._memory(), SIZE_KEY: self.spec.size_bytes}
@@ -370,13 +390,7 @@ class ScanReplica(Replica):
             if last.changed is None:
                 last.changed = not same
                 if not same and self.quiesced:
-                    log.warning(
-                        "scanned_disk_changed",
-                        volume=self.spec.name,
-                        disk=str(self.spec.disk),
-                        lsn=last.number,
-                        error="it was written to during the pass, in spite of --quiesced: the point is fuzzy",
-                    )
+                    self._was_written(last)
             # Written to after the pass: what the vault has was there, but not at the moment of this cut.
             self._fuzzy = not self.quiesced or last.changed or not (same or alone)
         else:

@@ -72,8 +72,6 @@ class Passes:
         except (FarshoreError, OSError) as error:
             replica.fail(f"the pass cannot begin: {error}")
             return
-        if replica.just_written(disk):
-            begun.changed = True
         stream.resync, stream.copied, stream.resync_at = True, False, begun.incarnation.id
         self._session.passed_over(stream.id, begun.number)
         log.info("scan_began", volume=replica.spec.name, lsn=begun.number, bytes=disk.size_bytes)
