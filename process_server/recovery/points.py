@@ -365,7 +365,7 @@ def _newest_exact(chain: ChainReader, seq: int, volume: bytes, lsn: int) -> int:
         entry = next((entry for entry in chain.head(at).volumes if entry.id == volume), None)
         if entry is None or entry.lsn != lsn:
             break
-        if not entry.fuzzy and chain.head(at).kind == "data":
+        if not entry.fuzzy and lsn >= entry.copy_end and chain.head(at).kind == "data":
             return at
         at -= 1
     return seq

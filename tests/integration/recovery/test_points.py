@@ -201,3 +201,37 @@ def test_without_a_vault_and_a_server_the_verbs_say_what_to_name(capsys: pytest.
     assert "client.toml" in capsys.readouterr().err
     assert main(["recover", "web1", "--point", "latest", "--to", "x.img"]) == 2
     assert "--recovery-key-file" in capsys.readouterr().err
+
+
+def test_of_one_volume_only_that_one_must_not_be_fuzzy(tmp_path: Path) -> None:
+    data, root = SmallVolume("data", SIZE), SmallVolume("root", SIZE, fuzzy=True)
+    vault = SmallVault(tmp_path / "vault", data, root)
+    data.write(0, block(1))
+    vault.commit()
+    chain = find_machine(vault.store, vault.keys, "web1")
+    when = format_time(vault.time_ns(1))
+    for wanted in ("latest", f"rp-{vault.machine[:4].hex()}-1", when):
+        found = resolve(chain, wanted, volume="data", allow_fuzzy=False, now_ns=2**62)
+        assert (found.point.seq, found.is_fuzzy) == (1, False)
+        for volume in ("root", None):
+            with pytest.raises(Conflict):
+                resolve(chain, wanted, volume=volume, allow_fuzzy=False, now_ns=2**62)
+            assert resolve(chain, wanted, volume=volume, allow_fuzzy=True, now_ns=2**62).is_fuzzy
+
+
+def test_of_the_commits_at_one_lsn_the_newest_that_is_not_fuzzy_is_meant(tmp_path: Path) -> None:
+    volume = SmallVolume("root", SIZE)
+    vault = SmallVault(tmp_path / "vault", volume)
+    for lsn, fuzzy in ((1, True), (1, False), (1, True), (2, True), (2, True)):
+        volume.lsn, volume.fuzzy = lsn, fuzzy
+        vault.commit()
+    chain = find_machine(vault.store, vault.keys, "web1")
+
+    def seq(wanted: str, *, allow_fuzzy: bool = False) -> int:
+        return resolve(chain, wanted, volume="root", allow_fuzzy=allow_fuzzy, now_ns=0).point.seq
+
+    assert seq("lsn:1") == 2
+    assert seq("lsn:1", allow_fuzzy=True) == 3
+    assert seq("lsn:2", allow_fuzzy=True) == 5
+    with pytest.raises(Conflict):
+        seq("lsn:2")

@@ -105,3 +105,26 @@ def test_the_marks_own_record_is_inside_the_cut() -> None:
     assert marked == [0]
     assert [volume.lsn for volume in taken.volumes] == [6, 7, 8]
     assert [volume.fuzzy for volume in taken.volumes] == [False, False, True]
+
+
+def test_a_cut_from_before_the_pass_under_way_leaves_the_volume_where_it_was() -> None:
+    streams = {ONE: stream(ONE, 5), TWO: stream(TWO, 0)}
+    taken = cut(one=5, two=0)
+    start = IncarnationStart(Incarnation(b"j" * 16, 2), 8)
+    begin = m.IncarnationStart(TWO, b"j" * 16, 2, INCARNATION, 0, bytes(32), 8, True)
+    streams[TWO].delta.was_sent(Frame(begin, started=start))
+    streams[TWO].mark = (INCARNATION, 0)
+    assert cuts.ready(taken, streams)
+    mark = cuts.make_mark(taken, 1, streams)
+    (two,) = (volume for volume in mark.volumes if volume.volume == TWO)
+    assert (two.incarnation, two.lsn, two.fuzzy) == (INCARNATION, 0, True)
+    assert cuts.is_fuzzy(mark)
+    assert not cuts.is_fuzzy(mark, without={TWO})
+
+
+def test_a_journal_s_word_of_a_cut_does_not_replace_one_that_knows_more_volumes() -> None:
+    pending = cuts.PendingCuts()
+    for taken in (cut(one=5), cut(one=5, two=2), cut(one=5)):
+        pending.add(taken)
+    assert pending.first() == cut(one=5, two=2)
+    assert len(pending) == 1

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,58 @@ def test_a_heap_that_is_kept_is_not_faulted_in_again() -> None:
         for how in ("kept", "as it is")
     ]
     assert counts[0] < counts[1] / 10
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, MIB), (MIB, 512), (512, 4 * KIB), (4 * MIB, 512)])
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_others_write_past_its_page_cache_is_read_past_it_too(
+    path: Path, buffer: memoryview, monkeypatch: pytest.MonkeyPatch, offset: int, length: int, direct: bool
+) -> None:
+    # A file stands for the block device: what matters is which descriptor is asked, and what is forgotten.
+    monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
+    content = path.read_bytes()
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    assert is_cached(fd, 0, MIB)
+    forgotten, direct_reads = [], []
+    preadv, fadvise = os.preadv, os.posix_fadvise
+    disk = OpenDisk(Volume(b"v" * 16, str(path), "", 3))
+    if not direct:
+        os.close(disk._direct_fd)
+        disk._direct_fd = -1
+
+    def noting(fd: int, buffers: list[memoryview], at: int) -> int:
+        direct_reads.append(fd == disk._direct_fd)
+        return preadv(fd, buffers, at)
+
+    def forgetting(fd: int, at: int, size: int, advice: int) -> None:
+        forgotten.append((at, size))
+        fadvise(fd, at, size, advice)
+
+    monkeypatch.setattr(os, "preadv", noting)
+    monkeypatch.setattr(os, "posix_fadvise", forgetting)
+    assert disk.read(buffer[:length], offset) == length
+    assert buffer[:length] == content[offset : offset + length]
+    if direct_reads[-1]:
+        assert not forgotten
+    else:
+        ((at, size),) = forgotten
+        assert at % 4096 == size % 4096 == 0
+        assert at <= offset < offset + length <= at + size
+    assert direct_reads[0] is direct
+
+
+def test_a_disk_is_let_go_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Page:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    page = Page()
+    monkeypatch.setattr(module, "StatePageReader", lambda path: page)
+    before = set(os.listdir("/proc/self/fd"))
+    disk = OpenDisk(Volume(b"v" * 16, str(path), "", 3))
+    disk.close()
+    assert page.closed
+    assert set(os.listdir("/proc/self/fd")) == before

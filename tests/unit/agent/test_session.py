@@ -13,6 +13,7 @@ from agent.replicate.ports import Item, VolumeSpec
 from agent.replicate.replica import Replica
 from agent.replicate.session import Session
 from farshore.errors import Unreachable
+from farshore.hrl.cut import Cut, CutVolume
 from farshore.wire import messages as m
 
 VOLUME, INCARNATION = b"v" * 16, b"i" * 16
@@ -94,3 +95,35 @@ async def test_the_tap_may_free_what_is_vaulted_and_nothing_else(
         await session._acknowledged(m.Ack(level, lsn, 2, "p", "crash", (here,)))
     assert tap.vaulted_lsns == [4]
     assert replica.vaulted_lsn == 4
+
+
+async def test_no_mark_is_sent_while_a_cut_over_scanned_volumes_is_taken(
+    parts: tuple[Session, Replica, NotingJournal, NotingTap],
+) -> None:
+    session, replica, _, tap = parts
+    await session._open(replica)
+    sent: list[m.Message] = []
+    asked, answer = asyncio.Event(), asyncio.Event()
+    entry = CutVolume(VOLUME, INCARNATION, 3, False)
+    whole = Cut(7, 0, None, (entry, CutVolume(b"w" * 16, INCARNATION, 1, False)))
+
+    async def send(message: m.Message) -> None:
+        sent.append(message)
+
+    async def cut(tag: str | None) -> Cut:
+        asked.set()
+        await answer.wait()
+        return whole
+
+    session.link.send, tap.cut = send, cut  # type: ignore[method-assign,attr-defined]
+    taking = asyncio.create_task(session._cut(None))
+    await asyncio.wait_for(asked.wait(), 10)
+    # The journal tells of it already, without the volume that has no journal.
+    session._pending.add(Cut(7, 0, None, (entry,)))
+    session.replicas[b"w" * 16] = SimpleNamespace(scanned=True, fuzzy_anyway=lambda: False)  # type: ignore[assignment]
+    assert not await session._send_marks()
+    answer.set()
+    session._took(await taking)
+    assert session._pending.first() == whole
+    assert await session._send_marks()
+    assert isinstance(sent[-1], m.Mark)

@@ -196,3 +196,54 @@ def test_the_default_quota_leaves_room_and_is_never_too_small(tmp_path: Path) ->
     assert quota % (64 * MIB) == 0
     assert 4 * 64 * MIB <= quota <= max(volumes.QUOTA_BYTES, 4 * 64 * MIB)
     assert quota <= max(free // 10, 4 * 64 * MIB)
+
+
+def test_what_only_reads_takes_any_disk_that_can_be_read(tmp_path: Path) -> None:
+    disk = image(tmp_path)
+    host = Host(tmp_path / "proc", tmp_path / "sys")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    mounted = f"1 0 7:9 / {tmp_path}/mnt rw - ext4 /dev/loop9 rw\n"
+    (tmp_path / "proc" / "self" / "mountinfo").write_text(f"0 0 8:1 / / rw - ext4 /dev/sda1 rw\n{mounted}")
+    loop = tmp_path / "sys" / "class" / "block" / "loop9"
+    (loop / "loop").mkdir(parents=True)
+    (loop / "loop" / "backing_file").write_text(f"{disk}\n")
+    (loop / "dev").write_text("7:9\n")
+    assert "mounted" in str(refused(tmp_path, config(disk), host=host))
+    scanned = config(disk, capture="scan")
+    check_protect(tmp_path / "agent", scanned, [], host=host)
+    assert "already" in str(refused(tmp_path, config(disk, name="other"), scanned, host=host))
+    assert isinstance(refused(tmp_path, config(tmp_path / "none", capture="scan")), NotFound)
+    for size in (0, 513):
+        assert isinstance(refused(tmp_path, config(image(tmp_path, size, "odd"), capture="scan")), UsageError)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"capture": "scan", "listen": "/run/x.sock"},
+        {"capture": "scan", "attach": "loop"},
+        {"capture": "scan", "scan_every_s": 0.1},
+        {"capture": "scan", "scan_every_s": float("nan")},
+        {"capture": "scan", "scan_every_s": 1e9},
+        {"quiesced": True},
+        {"scan_every_s": 60.0},
+    ],
+)
+def test_settings_of_another_engine_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        volumes.check_settings(config(image(tmp_path), **settings))
+
+
+def test_a_tap_is_not_told_of_disks_that_are_scanned(tmp_path: Path) -> None:
+    tapped = config(image(tmp_path), name="data")
+    scanned = config(image(tmp_path), name="root", capture="scan", quiesced=True, scan_every_s=60.0)
+    for made in (tapped, scanned):
+        volumes.save_volume(tmp_path, made)
+        assert volumes.load_volume(tmp_path, made.name) == made
+    assert volumes.list_volumes(tmp_path) == ["data"]
+    assert volumes.list_volumes(tmp_path, "scan") == ["root"]
+    assert volumes.list_volumes(tmp_path, None) == ["data", "root"]
+    # An agent from before scan reads what is written for a tap.
+    assert "scan_every_s" not in volumes.config_path(tmp_path, "data").read_text()
+    volumes.config_path(tmp_path, "root").write_text("damaged")
+    assert volumes.list_volumes(tmp_path) == ["data", "root"]

@@ -68,3 +68,23 @@ def test_the_table_agrees_with_a_byte_by_byte_model(seed: int) -> None:
     short = offers.copy()
     short["length"] = 512
     assert not table.same(short)[[bytes(id) != bytes(32) for id in short["id"]]].any()
+
+
+def test_beyond_the_size_that_a_volume_once_had_nothing_is_the_same() -> None:
+    table = BlockTable(BLOCK, BLOCK * 4)
+    rows = np.zeros(4, ROW_DTYPE)
+    for number, row in enumerate(rows):
+        row["offset"], row["length"], row["chunk"] = number * BLOCK, BLOCK, number + 1
+    table.apply(rows, lookup)
+    offers = np.zeros(4, OFFER_DTYPE)
+    for number, offer in enumerate(offers):
+        offer["offset"], offer["length"] = number * BLOCK, BLOCK
+        offer["id"] = np.void(chunk_id(number + 1))
+    assert table.same(offers).tolist() == [True] * 4
+    table.cut_down(BLOCK * 2 + 512)
+    assert table.same(offers).tolist() == [True, True, False, False]
+    offers["id"] = np.void(bytes(32))
+    assert not table.same(offers).any()
+    table.apply(rows[3:], lookup)
+    offers["id"][3] = np.void(chunk_id(4))
+    assert table.same(offers).tolist() == [False, False, False, True]
