@@ -7,7 +7,7 @@ import ssl
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +167,10 @@ class Site:
 
     def image(self, volume: bytes) -> bytes:
         """Return the volume as the chain's newest commit leaves it, by nothing but commits and packs."""
+        return next(reversed(list(self.images(volume))), (None, b""))[1]
+
+    def images(self, volume: bytes) -> Iterator[tuple[Commit, bytes]]:
+        """Yield each commit that lists the volume, and the volume as it leaves it."""
         store = open_store(self.url)
         reader = PackReader(store, self.keys)
         image = bytearray()
@@ -185,7 +189,8 @@ class Site:
                 data = source.read_chunk(ref.id, chunk)[start : start + length]
                 assert len(data) == length
                 image[offset : offset + length] = data
-        return bytes(image)
+            del image[entry.size_bytes :]
+            yield commit, bytes(image)
 
 
 class Ended(Exception):
