@@ -97,7 +97,8 @@ class Passes:
     def vaulted(self, stream: Stream, replica: ScanReplica) -> None:
         """The vault has all that the pass read."""
         running = replica.running
-        assert running is not None
+        if running is None:
+            return  # given up while the acknowledgement was on its way
         log.info("scan_vaulted", volume=replica.spec.name, lsn=running.number, changed=running.changed)
         stream.resync = False
         replica.vaulted(running)

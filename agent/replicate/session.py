@@ -504,7 +504,7 @@ class Session:
 
     def _needs_cut(self) -> bool:
         """Records came, copies wait, or a point would be better than the last."""
-        better = self._last_fuzzy and bool(self.streams)
+        better, counted = self._last_fuzzy, False
         for id, stream in self.streams.items():
             replica = self.replicas.get(id)
             state = replica.state_or_none() if replica is not None else None
@@ -513,6 +513,7 @@ class Session:
             wants = bool(stream.rule.waiting or copied)
             if replica is not None and replica.fuzzy_anyway() and not wants:
                 continue
+            counted = True
             if state is None or not stream.sending:
                 better = False
                 continue
@@ -523,7 +524,7 @@ class Session:
                 better = False
             if state.captured_lsn < stream.rule.copy_end:
                 better = False
-        return better and not self._unacked
+        return better and counted and not self._unacked
 
     # --- copying ---
 
@@ -626,7 +627,9 @@ class Session:
 
     def next_work(self, number: int) -> ipc.Work | None:
         """For the copiers: the next unit of any volume whose copy rule allows reading now."""
-        for stream in self.streams.values():
+        # What is scanned comes last: a pass may take hours, and a tap's volume is fuzzy until it is whole.
+        scans = self._scans()
+        for stream in sorted(self.streams.values(), key=lambda stream: stream.id in scans):
             job = stream.job
             replica = self.replicas.get(stream.id)
             if job is None or not job.waiting or stream.paused or replica is None:

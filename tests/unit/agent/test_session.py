@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from agent.capture.scan import ScanReplica
 from agent.journal.state import DATA, StatePageWriter
 from agent.link import Server
+from agent.replicate.job import Job, whole_volume
 from agent.replicate.ports import Item, VolumeSpec
 from agent.replicate.replica import Replica
 from agent.replicate.session import Session
+from farshore.clock import SystemClock
 from farshore.errors import Unreachable
 from farshore.hrl.cut import Cut, CutVolume
 from farshore.wire import messages as m
@@ -127,3 +130,48 @@ async def test_no_mark_is_sent_while_a_cut_over_scanned_volumes_is_taken(
     assert session._pending.first() == whole
     assert await session._send_marks()
     assert isinstance(sent[-1], m.Mark)
+
+
+def test_a_tap_s_copy_goes_before_a_pass_over_a_scanned_disk(
+    parts: tuple[Session, Replica, NotingJournal, NotingTap], tmp_path: Path
+) -> None:
+    session, replica, _, _ = parts
+    root = ScanReplica(
+        VolumeSpec(b"a" * 16, "root", tmp_path / "disk", 1 << 20, 512, tmp_path, tmp_path / "page"),
+        900.0,
+        True,
+        SystemClock(),
+    )
+    position = m.VolumePosition(b"a" * 16, bytes(16), 0, 0, bytes(32), False, 0, True)
+    root.open(position)
+    begun = root.begin(root.look(), position)
+    session.streams = {}
+    session.replicas[root.spec.id] = root
+    for place in (position, session.welcome.volumes[0]):
+        session._place(place)
+        job = Job("resync", whole_volume(1 << 20), compare=True, after=0)
+        session.begin_job(session.streams[place.id], job)
+    assert list(session.streams) == [root.spec.id, VOLUME]
+    works = [session.next_work(number) for number in (1, 2)]
+    assert [(work.volume.id, work.volume.scan) for work in works if work is not None] == [
+        (VOLUME, 0),
+        (root.spec.id, begun.number),
+    ]
+    assert replica.spec.id == VOLUME
+    # A copier that cannot read one of the disks says which: the other is not blamed.
+    session.given_back([1, 2], "disk", "it is gone", root.spec.id)
+    assert (replica.problem, root.problem) == ("", "the disk cannot be read: it is gone")
+    assert session.streams[root.spec.id].job is None
+    assert session.streams[VOLUME].job is not None
+    root.close()
+
+
+async def test_a_machine_of_disks_that_are_fuzzy_anyway_asks_for_no_better_cut(
+    parts: tuple[Session, Replica, NotingJournal, NotingTap],
+) -> None:
+    session, replica, _, _ = parts
+    await session._open(replica)
+    session._last_cut[VOLUME] = 9
+    assert session._needs_cut()  # the last one was fuzzy, and the tap's would not be
+    replica.fuzzy_anyway = lambda: True  # type: ignore[method-assign]
+    assert not session._needs_cut()
