@@ -40,7 +40,9 @@ class Engines:
         if not scans:
             return cut
         # Unchanged after the cut is unchanged at the cut.
-        found = await asyncio.to_thread(lambda: [_look(scan) for scan in scans])
+        async with asyncio.TaskGroup() as tasks:
+            looks = [tasks.create_task(_look(scan)) for scan in scans]
+        found = [look.result() for look in looks]
         alone = len(replicas) == 1
         entries = [scan.cut(disk, alone=alone) for scan, disk in zip(scans, found, strict=True)]
         placed = tuple(entry for entry in entries if entry is not None)
@@ -79,8 +81,8 @@ class Engines:
         return None
 
 
-def _look(scan: ScanReplica) -> DiskIdentity | None:
+async def _look(scan: ScanReplica) -> DiskIdentity | None:
     try:
-        return scan.look()
+        return await scan.looked()
     except OSError:
         return None

@@ -11,6 +11,8 @@ before its first read to after the cut.
 """
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ from farshore.telemetry import get_logger
 from farshore.wire import messages as m
 
 CAPTURE_MODE: Final = "scan"
+LOOK_S: Final = 2.0
+"""What is not known of a disk after this time is taken for changed."""
 SIZE_KEY: Final = "size_bytes"
 """In the volume's memory file: the size, for the time when the disk is not there."""
 
@@ -133,6 +137,8 @@ class ScanReplica(Replica):
         self._fuzzy = True  # at the last cut
         self._tickets: set[Ticket] = set()
         self._moved = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._looking: threading.Thread | None = None
 
     # --- what others ask of a replica ---
 
@@ -278,8 +284,43 @@ class ScanReplica(Replica):
         self._due_s = self._clock.monotonic()
 
     def look(self) -> DiskIdentity:
-        """Take the disk's identity. Blocks. Raises OSError."""
+        """Take the disk's identity. Blocks, for as long as the disk does. Raises OSError."""
         return read_disk(self.spec.disk)
+
+    async def looked(self) -> DiskIdentity:
+        """As `look`, but no longer than ``LOOK_S``: a disk that hangs holds up no other volume.
+
+        Raises:
+            OSError: As `look`; TimeoutError: it hangs, or an earlier look still does.
+        """
+        async with asyncio.timeout(LOOK_S), self._turn:
+            if self._looking is not None:
+                raise TimeoutError("it does not answer")
+            loop = asyncio.get_running_loop()
+            found: asyncio.Future[DiskIdentity] = loop.create_future()
+            # A daemon: one that hangs does not keep the agent from ending.
+            self._looking = threading.Thread(target=self._look_for, args=(loop, found), daemon=True)
+            self._looking.start()
+            return await found
+
+    def _look_for(self, loop: asyncio.AbstractEventLoop, found: asyncio.Future[DiskIdentity]) -> None:
+        outcome: DiskIdentity | OSError
+        try:
+            outcome = self.look()
+        except OSError as error:
+            outcome = error
+
+        def tell() -> None:
+            self._looking = None
+            if found.done():
+                return
+            if isinstance(outcome, OSError):
+                found.set_exception(outcome)
+            else:
+                found.set_result(outcome)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell)
 
     def begin(self, disk: DiskIdentity, position: m.VolumePosition) -> Pass:
         """Begin a pass over ``disk``, looked at just now.
@@ -426,4 +467,4 @@ async def fresh(replicas: Iterable[Replica]) -> AsyncIterator[None]:
 
 def explain(error: OSError) -> str:
     """One clause on why a disk cannot be scanned."""
-    return f"the disk cannot be read: {error.strerror or error}"
+    return f"the disk cannot be read: {error.strerror or str(error) or 'it does not answer'}"

@@ -50,11 +50,11 @@ class Passes:
         if stream.rule.tracking:
             return  # what a pass that failed has read is still to be placed
         try:
-            disk = await asyncio.to_thread(replica.look)
+            disk = await replica.looked()
             for _ in range(QUIET_LOOKS):
                 if replica.quiesced and replica.just_written(disk):
                     await asyncio.sleep(QUIET_S)
-                    disk = await asyncio.to_thread(replica.look)
+                    disk = await replica.looked()
             if why := why_no_volume(disk.size_bytes):
                 replica.fail(why)
                 return

@@ -1,11 +1,14 @@
 """One cut over volumes of several engines."""
 
+import asyncio
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.capture import scan as scan_module
 from agent.capture.engines import Engines
 from agent.capture.scan import ScanReplica
 from agent.replicate.job import Job, whole_volume
@@ -115,3 +118,38 @@ async def test_a_disk_that_cannot_be_looked_at_is_fuzzy(root: ScanReplica) -> No
     root.spec.disk.unlink()
     (entry,) = (await engines(NotingTap(), root).cut(None)).volumes
     assert entry.fuzzy
+
+
+async def test_a_disk_that_hangs_is_fuzzy_and_holds_up_nobody(
+    root: ScanReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "LOOK_S", 0.05)
+    only = engines(NotingTap(), root)
+    go_on, hanging = threading.Event(), threading.Event()
+    look = root.look
+
+    def hang() -> Any:
+        hanging.set()
+        go_on.wait()
+        return look()
+
+    monkeypatch.setattr(root, "look", hang)
+    (entry,) = (await only.cut(None)).volumes
+    assert entry.fuzzy
+    assert hanging.is_set()
+    hanging.clear()
+    with pytest.raises(TimeoutError):
+        await root.looked()
+    assert not hanging.is_set()  # one thread hangs, not one for each cut
+    go_on.set()
+    thread = root._looking
+    assert thread is not None
+    await asyncio.to_thread(thread.join)
+    monkeypatch.setattr(root, "look", look)
+    assert (await root.looked()).size_bytes == MIB
+
+
+async def test_two_looks_at_a_time_are_one_after_the_other(root: ScanReplica) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        looks = [tasks.create_task(root.looked()) for _ in range(20)]
+    assert {look.result().size_bytes for look in looks} == {MIB}
