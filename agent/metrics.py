@@ -101,6 +101,9 @@ class _Volumes(Collector):
         backlog = gauge("farshore_agent_log_backlog_bytes", "Journal that is not vaulted, whole segments.")
         dirty = gauge("farshore_agent_dirty_regions", "Regions of the dirty map that are set.")
         mode = gauge("farshore_agent_data_mode", "1 while every write is logged with its data.")
+        scan_age = gauge(
+            "farshore_agent_scan_age_seconds", "Since the newest whole pass over a scanned disk began."
+        )
         remaining = gauge("farshore_resync_remaining_bytes", "Still to copy or compare.")
         state_family = GaugeMetricFamily(
             "farshore_replication_state", "1 for the state a volume is in.", labels=["volume", "state"]
@@ -112,6 +115,8 @@ class _Volumes(Collector):
                 state_family.add_metric([*labels, state], float(state == here))
             vaulted.add_metric(labels, replica.vaulted_lsn)
             remaining.add_metric(labels, replica.unsynced_bytes())
+            if (age_s := replica.scan_age_s()) is not None:
+                scan_age.add_metric(labels, age_s)
             page = replica.state_or_none()
             if page is None:
                 continue
@@ -120,4 +125,4 @@ class _Volumes(Collector):
             backlog.add_metric(labels, replica.backlog_bytes())
             dirty.add_metric(labels, page.dirty_regions)
             mode.add_metric(labels, float(page.capture_mode == DATA))
-        yield from (*lsns.values(), vaulted, backlog, dirty, mode, remaining, state_family)
+        yield from (*lsns.values(), vaulted, backlog, dirty, mode, scan_age, remaining, state_family)

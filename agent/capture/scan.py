@@ -134,6 +134,7 @@ class ScanReplica(Replica):
         self._wanted = False
         self._failures = 0
         self._whole_number = 0
+        self._whole_began_s: float | None = None
         self._fuzzy = True  # at the last cut
         self._tickets: set[Ticket] = set()
         self._moved = asyncio.Event()
@@ -181,6 +182,10 @@ class ScanReplica(Replica):
         if not self.quiesced or last is None or not last.read:
             return True
         return last.changed is not None and self._fuzzy
+
+    def scan_age_s(self) -> float | None:
+        """What a disk scanned in use has in place of an age that `status` could show."""
+        return None if self._whole_began_s is None else self._clock.monotonic() - self._whole_began_s
 
     def volume_status(self) -> m.VolumeStatus:
         """What PONG says: the pass that is under way or was last, and the one that is still to begin."""
@@ -390,7 +395,7 @@ class ScanReplica(Replica):
             return
         done.ended = done.whole = True
         self._cycle_s = max(self.every_s, self._clock.monotonic() - done.began_s)
-        self._whole_number = done.number
+        self._whole_number, self._whole_began_s = done.number, done.began_s
         self.problem = ""
         self.copied = True
         # Asked for again while it ran: that is for the next one.

@@ -52,6 +52,10 @@ class Replica:
         """Tell whether a cut taken now would be fuzzy for this volume, and one more would not mend that."""
         return False
 
+    def scan_age_s(self) -> float | None:
+        """Seconds since the newest whole pass over a scanned disk began; None: there is none to speak of."""
+        return None
+
     @property
     def journal(self) -> Journal:
         assert self._journal is not None

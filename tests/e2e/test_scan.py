@@ -464,5 +464,11 @@ def test_verbs_that_make_no_sense_are_refused(site: Site) -> None:
     odd.write_bytes(b"")
     scan(site, odd, wait=False, code=2)
     scan(site, site.directory / "none", wait=False, code=5)
-    scan(site, disk, wait=False)
+    # Without an agent the settings are written, and it begins when one starts.
+    assert scan(site, disk, wait=False)["state"] == "initial-replication"
     scan(site, disk, wait=False, name="other", code=6)
+    agent = site.start_agent("db1")
+    wait_for(lambda: state(site) == "protected", 60, "it is protected")
+    with urllib.request.urlopen(f"http://{agent.ready['metrics']}/metrics") as answer:
+        assert b'farshore_agent_scan_age_seconds{volume="root"}' in answer.read()
+    assert "scan (scan)" in site.cli("volume", "list", "--agent", folder)

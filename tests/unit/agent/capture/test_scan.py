@@ -117,9 +117,12 @@ def test_the_cycle_is_as_long_as_a_pass_takes(replica: ScanReplica, clock: Manua
     replica.open(NOWHERE)
     assert replica.volume_status().cycle_s == 900
     begun = begin(replica)
+    assert replica.scan_age_s() is None
     clock.advance(5000)
     replica.vaulted(begun)
     assert replica.volume_status().cycle_s == 5000
+    clock.advance(60)
+    assert replica.scan_age_s() == 5060
 
 
 def test_a_cut_is_fuzzy_until_the_pass_was_read(replica: ScanReplica) -> None:
