@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from agent.replicate.ports import VolumeSpec
 from agent.replicate.replica import Replica
 from agent.replicate.replicator import Replicator
 from farshore.clock import SystemClock
+from farshore.errors import Failed
 from farshore.ids import new_id
 from farshore.units import MIB
 from tests.fakes.tap import FakeJournal, FakeTap
@@ -134,3 +136,31 @@ async def test_through_lost_sessions_every_point_that_is_offered_was_so(tmp_path
                 assert scan.name_state() == "protected"
     passes = machine.check()
     assert len(passes) >= 3
+
+
+async def test_a_disk_that_cannot_be_read_to_its_end_fails_and_never_becomes_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site.make(tmp_path)
+    machine = Machine(tmp_path / "agent", site, random.Random(3), tapped=False)
+    async with (
+        site.server(workers=1, point_interval_s=0.1) as server,
+        machine.running(server.address) as (_, scan),
+    ):
+        async with fresh([scan]):
+            whole = site.image(machine.spec.id)
+        assert whole == machine.disk.read_bytes()
+        look = scan.look
+        # The copiers meet an error in the middle of the pass: there is less than its beginning showed.
+        monkeypatch.setattr(scan, "look", lambda: dataclasses.replace(look(), size_bytes=SIZE + MIB + 1024))
+        machine.write(50)
+        with pytest.raises(Failed, match="the disk ends at byte"):
+            async with fresh([scan]):
+                pass
+        assert scan.name_state() == "failed"
+        assert scan.running is None
+        monkeypatch.undo()
+        async with fresh([scan]):
+            assert scan.name_state() == "protected"
+            assert site.image(machine.spec.id) == machine.disk.read_bytes()
+    assert len(machine.check()) >= 2
