@@ -79,7 +79,9 @@ class Session:
         self._send_now = asyncio.Event()
         self._cut_now = asyncio.Event()
         self._commands: asyncio.Queue[m.Command] = asyncio.Queue(COMMANDS_MAX)
-        self._awaited: dict[int, asyncio.Future[int]] = {}
+        self._awaited: dict[int, asyncio.Future[int | None]] = {}
+        # By the cut's seq: the cut_seq of its MARK, None when it was given up. The newest ones.
+        self._sent_cuts: dict[int, int | None] = {}
         self._cutting = 0
         self._passes = Passes(self)
         self._restart = asyncio.Event()
@@ -165,16 +167,23 @@ class Session:
             Unreachable: The tap is away, or the MARK could not be sent in time.
         """
         cut = await self._cut(tag)
-        sent: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        if cut.seq in self._sent_cuts:  # the journal told of it before the tap did
+            return self._marked(self._sent_cuts[cut.seq])
+        sent: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._awaited[cut.seq] = sent
         self._took(cut)
         try:
             async with asyncio.timeout(MARK_S):
-                return await sent
+                return self._marked(await sent)
         except TimeoutError as error:
             raise Unreachable("the cut could not be sent yet", why=f"not within {MARK_S:g} s") from error
         finally:
             self._awaited.pop(cut.seq, None)
+
+    def _marked(self, seq: int | None) -> int:
+        if seq is None:
+            raise Unreachable("the cut was given up", why="a volume's journal was opened again meanwhile")
+        return seq
 
     async def resync(self, replica: Replica) -> None:
         """Compare a whole volume again, at somebody's wish."""
@@ -436,6 +445,7 @@ class Session:
             if cuts.lost(cut, self.streams):
                 log.info("cut_skipped", seq=cut.seq, tag=cut.tag)
                 self._pending.remove(cut)
+                self._settle_cut(cut, None)
                 continue
             if not cuts.ready(cut, self.streams):
                 break
@@ -461,6 +471,15 @@ class Session:
         failpoint("agent.before_mark")
         await self.link.send(mark)
         failpoint("agent.after_mark")
+        self._settle_cut(cut, seq)
+
+    def _settle_cut(self, cut: Cut, seq: int | None) -> None:
+        """A cut's MARK was sent as ``seq``, or never will be: tell whoever waits for it, or comes to."""
+        if not cut.seq:
+            return  # our own
+        self._sent_cuts[cut.seq] = seq
+        while len(self._sent_cuts) > MARKS_UNACKED_MAX:
+            del self._sent_cuts[next(iter(self._sent_cuts))]
         awaited = self._awaited.get(cut.seq)
         if awaited is not None and not awaited.done():
             awaited.set_result(seq)

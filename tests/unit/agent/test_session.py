@@ -132,6 +132,39 @@ async def test_no_mark_is_sent_while_a_cut_over_scanned_volumes_is_taken(
     assert isinstance(sent[-1], m.Mark)
 
 
+@pytest.mark.parametrize("given_up", [False, True])
+async def test_who_asked_for_a_cut_is_told_also_when_the_journal_was_faster_than_the_tap(
+    parts: tuple[Session, Replica, NotingJournal, NotingTap], given_up: bool
+) -> None:
+    """The MARK is durable, read and sent before the tap's answer is: nobody would send it once more."""
+    session, replica, _, tap = parts
+    await session._open(replica)
+    sent: list[m.Message] = []
+    asked, answer = asyncio.Event(), asyncio.Event()
+    whole = Cut(7, 0, "t", (CutVolume(VOLUME, INCARNATION, 2 if given_up else 3, False),))
+
+    async def send(message: m.Message) -> None:
+        sent.append(message)
+
+    async def cut(tag: str | None) -> Cut:
+        asked.set()
+        await answer.wait()
+        return whole
+
+    session.link.send, tap.cut = send, cut  # type: ignore[method-assign,attr-defined]
+    taking = asyncio.create_task(session.cut("t"))
+    await asyncio.wait_for(asked.wait(), 10)
+    session._pending.add(whole)
+    assert await session._send_marks() != given_up
+    answer.set()
+    if given_up:
+        with pytest.raises(Unreachable, match="given up"):
+            await asyncio.wait_for(taking, 5)
+    else:
+        assert await asyncio.wait_for(taking, 5) == 7
+        assert [type(message) for message in sent] == [m.Mark]
+
+
 def test_a_tap_s_copy_goes_before_a_pass_over_a_scanned_disk(
     parts: tuple[Session, Replica, NotingJournal, NotingTap], tmp_path: Path
 ) -> None:
