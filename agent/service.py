@@ -140,8 +140,8 @@ class Service:
         """
         for config in other_volumes(self._directory):
             self._volumes[config.name] = Protected(config)
-        if self._tapped() or not self._volumes:
-            self._keeper.want()  # also with no volume yet: the first one is served without waiting for it
+        if self._tapped():
+            self._keeper.want()
         await self._serve_scans()
         await self._admin.start()
         try:

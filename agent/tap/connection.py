@@ -160,6 +160,8 @@ class Connection:
                 self._shake_hands()
             while True:
                 self._parse()
+                if self._goodbye or self._must_wait():  # also after a long write, which the buffer never sees
+                    self._wait_for_room()
                 self._receive()
         except _Superseded:
             return  # nothing here is ours any more
