@@ -388,6 +388,9 @@ async def test_a_killed_worker_costs_a_reconnect_and_nothing_that_was_acknowledg
             os.kill(pid, signal.SIGKILL)
             injected("F1")
             await wire.ended()
+            async with asyncio.timeout(30):  # the connection may end before the pool hears of it
+                while pid in {worker.process.pid for worker in server._pool.workers}:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
             await server._pool.wait_ready()
             assert round_number < 3
         wire, welcome = await agent.connect(server.address)
