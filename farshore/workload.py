@@ -51,10 +51,13 @@ class Ledger:
     """
 
     def __init__(self, path: Path, workload: Workload | None = None, writes_max: int = 1 << 27) -> None:
-        """Open for reading, or with ``workload`` make a new one (sparse)."""
+        """Open for reading, or with ``workload`` make a new one (sparse), or begin one anew.
+
+        One that is begun anew is not made empty first: somebody may be reading it, and a look at a page beyond
+        the end of a file is a SIGBUS.
+        """
         self.path = path
-        flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if workload else 0)
-        self._fd = os.open(path, flags, 0o600)
+        self._fd = os.open(path, os.O_RDWR | (os.O_CREAT if workload else 0), 0o600)
         if workload:
             os.truncate(self._fd, _TIMES_AT + 8 * writes_max)
         self._map = mmap.mmap(self._fd, _TIMES_AT)
