@@ -53,8 +53,8 @@ class Ledger:
     def __init__(self, path: Path, workload: Workload | None = None, writes_max: int = 1 << 27) -> None:
         """Open for reading, or with ``workload`` make a new one (sparse), or begin one anew.
 
-        One that is begun anew is not made empty first: somebody may be reading it, and a look at a page beyond
-        the end of a file is a SIGBUS.
+        One that is begun anew is not made empty first: somebody may be reading it, and a look at a page
+        beyond the end of a file is a SIGBUS.
         """
         self.path = path
         self._fd = os.open(path, os.O_RDWR | (os.O_CREAT if workload else 0), 0o600)
