@@ -41,9 +41,9 @@ MARGIN_S = 1.0
 """The stall is looked for every 0.1 s, and up to 1 s is spent on leaving word of it on the disk."""
 HANGS_S = 6.0
 DISK_HANGS_S = 10.0
-OTHERS_WAIT_S = 1.0
-"""A volume whose own disk and journal are well owes nothing to the one that hangs: what is left is a journal
-synced every few milliseconds and a machine busy with the test."""
+OTHERS_WAIT_S = DISK_HANGS_S / 2
+"""Who depends on the disk that hangs waits until it answers again. A volume whose own disk and journal are well
+waits for them only, with whatever else keeps the machine's disk busy: far from either end."""
 PENDING_BYTES_MAX = 64 * MIB
 FLIGHT_BYTES_MAX = 2 * MIB
 """What one read of the socket brings after the last look at that bound."""
@@ -251,9 +251,9 @@ def test_a_disk_that_hangs_holds_up_no_other_volume(tmp_path: Path, injected: In
                 assert not flood.done, "writes are taken in without end"
                 assert state_of(tmp_path / "hung.ledger").flushed == flushed, "a FLUSH was answered"
                 assert well.longest(hung) < OTHERS_WAIT_S
-                assert len(well.flushes) > 100
+                assert len([at for at, took in well.flushes if at > hung]) > 20, "the other volume stands still"
                 assert highest < PENDING_BYTES_MAX + FLIGHT_BYTES_MAX
-                assert cut_s < DISK_HANGS_S / 2
+                assert cut_s < OTHERS_WAIT_S
         device_content = device.path.read_bytes()
         check_image(device_content, hung_load, acked(tmp_path / "hung.ledger"))
         check_image(well_disk.read_bytes(), well_load, acked(tmp_path / "well.ledger"))
@@ -279,7 +279,14 @@ class Flood:
     def __init__(self, uri: str, offset: int, contents: list[bytes]) -> None:
         self._uri, self._offset, self._contents = uri, offset, contents
         self.done = False
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._write()), daemon=True)
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._write())
+        except Exception as error:  # told by `flooded`, unless the test has failed before
+            self.error = error
 
     async def _write(self) -> None:
         address, export = parse_uri(self._uri)
@@ -298,4 +305,5 @@ def flooded(uri: str, offset: int, contents: list[bytes]) -> Iterator[Flood]:
     flood = Flood(uri, offset, contents)
     yield flood
     flood.thread.join(60)
+    assert flood.error is None, flood.error
     assert flood.done, "a write was never answered"
