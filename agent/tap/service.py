@@ -26,7 +26,8 @@ from agent.capture.control import (
 from agent.config import Layout
 from agent.tap.connection import Connection
 from agent.tap.cutter import CutNumbers, plan_cut
-from agent.tap.opening import Opened, Place, open_volume
+from agent.tap.lastrun import Place
+from agent.tap.opening import Opened, open_volume
 from agent.tap.volume import TICK_S, Volume
 from agent.volumes import VolumeConfig, list_volumes, load_volume, nbd_uri, socket_path, state_page
 from farshore.clock import Clock

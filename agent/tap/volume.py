@@ -25,7 +25,8 @@ from agent.tap.disk_lane import Barrier, DiskLane
 from agent.tap.frontend import Frontend
 from agent.tap.journal_lane import JournalLane
 from agent.tap.ladder import Action, Ladder, Mode
-from agent.tap.opening import Opened, Place, open_writer
+from agent.tap.lastrun import Place
+from agent.tap.opening import Opened, open_writer
 from agent.tap.worker import Worker
 from agent.volumes import VolumeConfig
 from farshore.clock import Clock

@@ -21,6 +21,7 @@ from agent import volumes
 from agent.config import load
 from agent.journal.continuity import Boot
 from agent.tap import opening
+from agent.tap.lastrun import Place
 from farshore.clock import Clock, SystemClock
 from farshore.ids import id_from_hex, new_id
 from farshore.site import Site, wait_for
@@ -157,7 +158,7 @@ def _recovered_disk(mount: Path, page: Path) -> tuple[str, int]:
     """Let the tap's start do its work; return why it wants a resync (empty: it does not) and the last LSN."""
     directory = Site(mount).agent_dir(MACHINE)
     config = volumes.load_volume(directory, VOLUME)
-    place = opening.Place(directory / "volumes" / VOLUME, page, id_from_hex(load(directory).machine_id))
+    place = Place(directory / "volumes" / VOLUME, page, id_from_hex(load(directory).machine_id))
     opened = opening.open_volume(place, config, None, SystemClock())
     last_lsn = opened.last_lsn
     if opened.writer:

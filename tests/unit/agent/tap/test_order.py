@@ -22,7 +22,8 @@ from agent.journal.dirty import DirtyMap
 from agent.journal.mark import decode_slot
 from agent.journal.state import StatePageWriter
 from agent.journal.writer import JournalWriter
-from agent.tap.opening import Place, open_volume, open_writer
+from agent.tap.lastrun import Place
+from agent.tap.opening import open_volume, open_writer
 from agent.tap.vectored import Ints, VectoredWriter
 from agent.tap.volume import Volume
 from agent.volumes import VolumeConfig
