@@ -5,18 +5,17 @@ and every clock; TLS, hashing, compression and packs are in the workers (`proces
 """
 
 import asyncio
-import contextlib
 import itertools
 import socket
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from prometheus_client import CollectorRegistry
 
 from farshore.clock import Clock
-from farshore.errors import AuthError, Failed, FarshoreError, Fenced, NotFound
+from farshore.errors import AuthError, Failed, FarshoreError, Fenced
 from farshore.ids import valid_name
 from farshore.pki import machine_of_certificate
 from farshore.telemetry import get_logger
@@ -27,15 +26,17 @@ from process_server.config import ServerConfig, parse_listen
 from process_server.ingest import ipc
 from process_server.ingest.commands import Commands
 from process_server.ingest.known import KnownChunks
-from process_server.ingest.machine import CUTS_MAX, Machine, read_head
+from process_server.ingest.machine import CUTS_MAX, Machine
+from process_server.ingest.machines import Machines
 from process_server.ingest.maps import MapKeeper
 from process_server.ingest.metrics import IngestMetrics
 from process_server.ingest.offers import Offers
 from process_server.ingest.packs import PacksUnderWay
+from process_server.ingest.peer import Peer
 from process_server.ingest.pool import WorkerPool, WorkerProcess
 from process_server.ingest.session import Session
+from process_server.ingest.sessions import Sessions
 from process_server.ingest.stream import Position, Refused
-from process_server.vault.chain import Chain
 from process_server.vault.commit import CommitHead, Rows
 from process_server.vault.control import ControlStore
 from process_server.vault.dedup import DedupIndex
@@ -47,8 +48,6 @@ PING_S: Final = 1.0
 ALLOWED_S: Final = 30.0
 TOKENS_S: Final = 20.0
 SETTLE_S: Final = 30.0
-FRAMES_MAX: Final = 4096
-CHANNELS_MAX: Final = 16
 TROUBLE_LINES_PER_S: Final = 5
 BACKLOG: Final = 512
 
@@ -76,34 +75,6 @@ class Identity(Protocol):
     def expired(self, certificate: bytes) -> bool: ...
 
     def name_of(self, machine_id: bytes) -> str | None: ...
-
-
-@dataclass(eq=False)
-class Peer:
-    """One accepted connection, in whichever worker it is."""
-
-    id: int
-    worker: WorkerProcess
-    address: str
-    certificate: bytes = b""
-    machine: bytes = b""
-    session: Session | None = None
-    control: bool = False
-    closing: bool = False
-    frames: asyncio.Queue[tuple[int, bytes] | None] = field(default_factory=lambda: asyncio.Queue(FRAMES_MAX))
-
-    def send(self, message: m.Message) -> None:
-        self.worker.channel.send(ipc.Send(self.id), frames.encode(message))
-
-    def position(self, volume: bytes, key: bytes, incarnation: bytes, position: Position) -> None:
-        self.worker.channel.send(
-            ipc.Position(self.id, volume, key, incarnation, position.lsn, position.digest)
-        )
-
-    def close(self, code: str = "", text: str = "", volume: bytes | None = None) -> None:
-        if not self.closing:
-            self.closing = True
-            self.worker.channel.send(ipc.Close(self.id, code, text, volume or b""))
 
 
 class ProcessServer:
@@ -139,18 +110,25 @@ class ProcessServer:
         self._commands = Commands()
         self._maps = MapKeeper(store, keys, clock)
         self._tls = Tls(b"", b"", b"")
-        self._writer, self._generation = b"", 0
         self._known: dict[bytes, str] = {}
         self._catalog = catalog
         self.metrics = IngestMetrics(registry, self)
         self.ready = asyncio.Event()
         self.address: tuple[str, int] = ("", 0)
         self._pool = WorkerPool(config.ingest.workers, self._setup, self._receive, self._worker_died)
-        self._machines: dict[bytes, Machine] = {}
-        self._loading: dict[bytes, asyncio.Lock] = {}
+        self._sessions = Sessions(self._packs, self._commands, self._pool, config.ingest.credit_bytes)
+        self._machines = Machines(
+            store,
+            keys,
+            clock,
+            self._packs,
+            self._sessions,
+            catalog=catalog,
+            committed=self._committed,
+            pace_s=max(PACE_MIN_S, config.ingest.point_interval_s / 2),
+            spawn=self._spawn,
+        )
         self._peers: dict[int, Peer] = {}
-        self._sessions: dict[bytes, Session] = {}
-        self._session_peers: dict[bytes, set[Peer]] = {}
         self._pings = itertools.count(1)
         self._tokens_changed = asyncio.Condition()
         self._marks_waiting = 0
@@ -173,7 +151,7 @@ class ProcessServer:
                 self._group = group
                 workers = group.create_task(self._pool.run(), name="ingest-workers")
                 for machine_id, name in self._known.items():
-                    await self._machine(machine_id, name)
+                    await self._machines.load(machine_id, name)
                 await self._pool.wait_ready()
                 self.address = listener.getsockname()[:2]
                 loop = asyncio.get_running_loop()
@@ -212,24 +190,11 @@ class ProcessServer:
 
     # --- what others ask ---
 
-    def machines(self) -> list[tuple[bytes, str]]:
-        """Return id and name of every machine this server knows."""
-        return sorted(((machine.id, machine.name) for machine in self._machines.values()), key=lambda x: x[1])
-
-    def machine(self, name: str) -> Machine:
-        """Return a machine by name or by its id in hexadecimal. Raises NotFound."""
-        for machine in self._machines.values():
-            if name in (machine.name, machine.id.hex()):
-                return machine
-        raise NotFound("no such machine", where=name, fix="`farshore status` lists them")
-
     def status(self) -> dict[str, object]:
         """Return what ``farshore status --json`` prints (DESIGN, section 11)."""
         now = self._clock.monotonic()
-        machines = sorted(list(self._machines.values()), key=lambda machine: machine.name)
-        return {
-            "machines": [machine.status(now, self._config.ingest.point_interval_s) for machine in machines]
-        }
+        interval_s = self._config.ingest.point_interval_s
+        return {"machines": [machine.status(now, interval_s) for machine in self._machines.loaded()]}
 
     def deny(self, machine_id: bytes) -> None:
         """The machine was put on the deny-list: end everything it has open, now."""
@@ -241,15 +206,11 @@ class ProcessServer:
         if machine is not None:
             machine.denied = True
         if machine is not None and machine.session is not None:
-            self.end_session(machine.session, "denied", "this machine is denied")
+            self._sessions.end_session(machine.session, "denied", "this machine is denied")
 
     async def create_point(self, machine: str, tag: str, timeout_s: float) -> str:
         """Have the machine's agent cut a point. Raises NotFound, and as `Commands.create_point`."""
-        return await self._commands.create_point(self.machine(machine), tag, timeout_s)
-
-    async def command(self, machine: str, verb: str, volume: str | None, timeout_s: float) -> m.Result:
-        """Ask the machine's agent for something. Raises NotFound, and as `Commands.command`."""
-        return await self._commands.command(self.machine(machine), verb, volume, timeout_s)
+        return await self._commands.create_point(self._machines.named(machine), tag, timeout_s)
 
     # --- connections ---
 
@@ -303,10 +264,7 @@ class ProcessServer:
             self._refuse(peer, "internal", "the server failed on this frame")
         finally:
             self._peers.pop(peer.id, None)
-            if peer.session is not None:
-                self._session_peers.get(peer.session.id, set()).discard(peer)
-                if peer.control:
-                    self.end_session(peer.session, "", "the control connection ended")
+            self._sessions.peer_ended(peer)
 
     def _refuse(self, peer: Peer, code: str, text: str, volume: bytes | None = None) -> None:
         self.metrics.refused_frames.labels(code).inc()
@@ -324,7 +282,7 @@ class ProcessServer:
             case m.Hello() if peer.machine:
                 await self._hello(peer, message)
             case m.Attach() if peer.machine:
-                self._attach(peer, message)
+                peer.send(m.Attached(self._sessions.attach(peer, message.session)))
             case m.Hello() | m.Attach():
                 raise AuthError("a client certificate is needed", fix="enrol the machine first")
             case _:
@@ -349,7 +307,7 @@ class ProcessServer:
                 await self._volume_add(peer, session, message)
             case m.VolumeRemove():
                 if session.volumes.pop(message.id, None) is not None:
-                    self._tell_workers(session, ipc.Volume(session.id, message.id, 0))
+                    self._sessions.tell_workers(session, ipc.Volume(session.id, message.id, 0))
             case m.Result():
                 self._commands.answered(session, message)
             case _:
@@ -364,9 +322,9 @@ class ProcessServer:
             raise Refused("protocol", "a machine without a proper name")
         if hello.machine != self._identity.name_of(peer.machine):
             raise AuthError("the machine is enrolled under another name", where=hello.machine)
-        machine = await self._machine(peer.machine, hello.machine)
+        machine = await self._machines.load(peer.machine, hello.machine)
         if machine.session is not None:
-            self.end_session(machine.session, "superseded", "a newer session of this machine")
+            self._sessions.end_session(machine.session, "superseded", "a newer session of this machine")
         try:
             async with asyncio.timeout(SETTLE_S):
                 await machine.settled()
@@ -379,12 +337,9 @@ class ProcessServer:
         session.cut_seq = 0
         for volume in hello.volumes:
             session.add_volume(volume, machine.position(volume.id))
-        machine.name, machine.session, machine.denied = hello.machine, session, False
+        machine.name, machine.denied = hello.machine, False
         machine.connected_at = self._clock.monotonic()
-        self._sessions[session.id] = session
-        self._session_peers[session.id] = {peer}
-        peer.session, peer.control = session, True
-        self._admit(peer, session)
+        self._sessions.begin(session, machine, peer)
         ingest = self._config.ingest
         policy = m.Policy(
             ingest.point_interval_s,
@@ -410,36 +365,15 @@ class ProcessServer:
         )
         log.info("agent_connected", machine=machine.name, peer=peer.address, volumes=len(session.volumes))
 
-    def _admit(self, peer: Peer, session: Session) -> None:
-        sizes = tuple((stream.id, stream.size_bytes) for stream in session.volumes.values())
-        peer.worker.channel.send(
-            ipc.Admit(
-                peer.id, session.id, session.machine, peer.control, self._config.ingest.credit_bytes, sizes
-            )
-        )
-
-    def _attach(self, peer: Peer, attach: m.Attach) -> None:
-        session = self._sessions.get(attach.session)
-        if session is None or session.ended or session.machine != peer.machine:
-            raise Refused("retry", "no such session of this machine")
-        peers = self._session_peers[session.id]
-        if len(peers) > CHANNELS_MAX:
-            raise Refused("capacity", f"more than {CHANNELS_MAX} data connections")
-        session.channels += 1
-        peers.add(peer)
-        peer.session = session
-        self._admit(peer, session)
-        peer.send(m.Attached(session.channels))
-
     async def _volume_add(self, peer: Peer, session: Session, message: m.VolumeAdd) -> None:
-        machine = self._machines[session.machine]
+        machine = self._machine(session)
         stream = session.add_volume(message.volume, machine.position(message.volume.id))
-        self._tell_workers(session, ipc.Volume(session.id, stream.id, stream.size_bytes))
+        self._sessions.tell_workers(session, ipc.Volume(session.id, stream.id, stream.size_bytes))
         position = machine.position(stream.id) or empty_position(stream.id, empty=not machine.head.seq)
         peer.send(m.VolumeAdded(position))
 
     async def _mark(self, session: Session, mark: m.Mark) -> None:
-        machine = self._machines[session.machine]
+        machine = self._machine(session)
         time_ns, arrived = self._clock.wall_ns(), self._clock.monotonic()
         if session.unknown_tokens(mark):
             # The agent was told ACCEPTED by a worker whose report may still be on its way to us.
@@ -460,7 +394,7 @@ class ProcessServer:
         machine.add(session.mark(mark, time_ns, arrived))
 
     def _pong(self, session: Session, pong: m.Pong) -> None:
-        machine = self._machines[session.machine]
+        machine = self._machine(session)
         machine.rpo.pong(pong.id, pong.volumes, set(session.volumes))
         for volume in pong.volumes:
             stream = session.volumes.get(volume.id)
@@ -468,32 +402,10 @@ class ProcessServer:
                 session.status[volume.id] = volume
                 stream.state, stream.capture_mode = volume.state[:32], volume.capture_mode[:32]
 
-    def end_session(self, session: Session, code: str, text: str) -> None:
-        """End a session: its connections close, what no MARK covered is forgotten. Synchronous."""
-        if session.ended:
-            return
-        session.ended = text
-        log.info("session_ended", machine=session.name, reason=text, code=code)
-        for peer in list(self._session_peers.pop(session.id, ())):
-            peer.close(code, text)
-        self._sessions.pop(session.id, None)
+    def _machine(self, session: Session) -> Machine:
         machine = self._machines.get(session.machine)
-        if machine is not None:
-            if machine.session is session:
-                machine.session = None
-                machine.rpo.disconnected()
-            machine.forget(session)
-        self._commands.session_ended(session)
-
-    def forget(self, session: Session) -> None:
-        """No cut of an ended session waits any more: the workers drop what they hold of it."""
-        self._packs.forget(session)
-        for worker in self._pool.workers:
-            worker.channel.send(ipc.Forget(session.id))
-
-    def _tell_workers(self, session: Session, message: ipc.Message) -> None:
-        for worker in {peer.worker for peer in self._session_peers.get(session.id, ())}:
-            worker.channel.send(message)
+        assert machine is not None, "HELLO loads it"
+        return machine
 
     # --- from the workers ---
 
@@ -561,11 +473,7 @@ class ProcessServer:
             self.metrics.refused_frames.labels(code or "silent").inc()
             self._complain("connection_closed", peer.address, f"{code or 'closed'}: {text}")
         peer.closing = peer.closing or bool(code)
-        # Always room for the end: a full queue belongs to a peer that is being closed anyway.
-        with contextlib.suppress(asyncio.QueueEmpty):
-            while peer.frames.full():
-                peer.frames.get_nowait()
-        peer.frames.put_nowait(None)
+        peer.ended()
 
     def _rows(self, worker: WorkerProcess, message: ipc.CopyRows | ipc.DataRows, raw: bytes) -> None:
         session = self._sessions.get(message.session)
@@ -581,7 +489,7 @@ class ProcessServer:
                 session.data_rows(message, raw)
         except Refused as exc:
             self.metrics.refused_frames.labels(exc.code).inc()
-            self.end_session(session, exc.code, str(exc))
+            self._sessions.end_session(session, exc.code, str(exc))
 
     async def _wake_marks(self) -> None:
         async with self._tokens_changed:
@@ -599,30 +507,19 @@ class ProcessServer:
         if session is None:
             told(bytes(len(raw) // ipc.OFFER_DTYPE.itemsize))
         else:
-            self._offers.answer(self._machines[session.machine], message.volume, raw, told)
+            self._offers.answer(self._machine(session), message.volume, raw, told)
 
     def _pack_stored(self, message: ipc.PackStored, ids: bytes) -> None:
-        session = self._session_anyway(self._packs.ended(message))
+        session = self._sessions.get_anyway(self._packs.ended(message))
         self.metrics.pack_stored(message)
         if message.error:
             log.error("pack_not_stored", pack=message.pack.hex(), error=message.error)
             if session is not None:
-                session.lost = message.error
-                self.end_session(session, "retry", "a pack could not be stored")
+                self._sessions.lose(session, "a pack could not be stored", message.error)
         elif session is not None:
             self._chunks.add(message.pack, ids, session.machine)
             session.unstored.discard(message.pack)
         self._spawn(self._packs.wake())
-
-    def _session_anyway(self, id: bytes) -> Session | None:
-        """A session by id, also one that ended while its last cuts still wait."""
-        session = self._sessions.get(id)
-        if session is None:
-            for machine in self._machines.values():
-                for cut in machine.waiting():
-                    if cut.session.id == id:
-                        return cut.session
-        return session
 
     def _worker_died(self, worker: WorkerProcess) -> None:
         self.metrics.worker_deaths.inc()
@@ -632,12 +529,10 @@ class ProcessServer:
             if peer.session is not None:
                 lost.add(peer.session.id)
             peer.closing = True
-            peer.frames.put_nowait(None)
+            peer.ended()
         for id in lost:
-            session = self._session_anyway(id)
-            if session is not None:
-                session.lost = "an ingest worker died"
-                self.end_session(session, "retry", session.lost)
+            if (session := self._sessions.get_anyway(id)) is not None:
+                self._sessions.lose(session, "an ingest worker died")
         self._spawn(self._packs.wake())
 
     # --- machines ---
@@ -647,37 +542,9 @@ class ProcessServer:
         control = self._control.load()
         if control.server is None:
             raise Failed("this vault has no server identity", fix="run `farshore server init` or `adopt`")
-        self._writer = control.server.id
+        self._machines.write_as(control.server.id, self._control.root().generation)
         self._tls = Tls(control.server.certificate, control.server.key, control.ca_certificate)
-        self._generation = self._control.root().generation
         self._known = {machine.id: machine.name for machine in control.machines}
-
-    async def _machine(self, machine_id: bytes, name: str = "") -> Machine:
-        """Return the machine with its chain loaded; the first time this reads the vault."""
-        lock = self._loading.setdefault(machine_id, asyncio.Lock())
-        async with lock:
-            machine = self._machines.get(machine_id)
-            if machine is None:
-                chain = Chain(self._store, self._keys, machine_id, self._writer)
-                await asyncio.to_thread(chain.load_head)
-                head = await asyncio.to_thread(read_head, chain)
-                if self._catalog is not None:
-                    self._catalog.follow(chain, machine_id)
-                machine = self._machines[machine_id] = Machine(
-                    machine_id,
-                    name or (chain.head.machine_name if chain.head is not None else machine_id.hex()),
-                    chain,
-                    head,
-                    self._packs,
-                    self,
-                    self._clock,
-                    pace_s=max(PACE_MIN_S, self._config.ingest.point_interval_s / 2),
-                    committed=self._committed,
-                    generation=self._generation,
-                )
-                assert self._group is not None
-                self._group.create_task(machine.run(), name=f"machine-{machine.name}")
-            return machine
 
     async def _committed(self, machine: Machine, head: CommitHead, tables: dict[bytes, Rows]) -> None:
         """A commit is vaulted and its agent told: what follows may fail without harm."""
@@ -696,9 +563,9 @@ class ProcessServer:
         while True:
             await asyncio.sleep(PING_S)
             now = self._clock.monotonic()
-            for session in list(self._sessions.values()):
+            for session, machine in self._sessions.all():
                 ping = next(self._pings)
-                self._machines[session.machine].rpo.ping(ping, now)
+                machine.rpo.ping(ping, now)
                 session.link.send(m.Ping(ping))
 
     async def _recheck(self) -> None:

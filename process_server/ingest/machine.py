@@ -52,7 +52,7 @@ class InlinePack:
 
 
 class Sessions(Protocol):
-    """What a machine says of its sessions; `ProcessServer` listens."""
+    """What a machine says of its sessions; `process_server.ingest.sessions` answers."""
 
     def forget(self, session: Session) -> None:
         """Nothing of ``session`` waits any more."""
