@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from process_server.vault.changes import PackRef, read_change
+from process_server.vault.changes import PackRef, read_changes
 from process_server.vault.commit import ZEROS, Rows
 from process_server.vault.keys import VaultKeys
 from process_server.vault.map import newest_map
@@ -114,14 +114,14 @@ def build_table(
     table = BlockTable(block_bytes, size_bytes)
     reader = PackReader(store, keys)
     found = newest_map(store, keys, machine, volume, seq)
-    after = 0
+    after, before = 0, None
     if found is not None:
-        after = found.head.seq
+        after, before = found.head.seq, found.head.commit_header
         if found.head.size_bytes < size_bytes:
             table.cut_down(found.head.size_bytes)
         for index in found.head.regions:
             table.apply(found.region(index), pack_lookup(reader, found.head.packs))
-    extend_table(table, store, keys, machine, volume, after + 1, seq, reader)
+    extend_table(table, store, keys, machine, volume, after + 1, seq, reader, before)
     return table
 
 
@@ -134,11 +134,15 @@ def extend_table(
     first_seq: int,
     last_seq: int,
     reader: PackReader | None = None,
+    before: bytes | None = None,
 ) -> None:
-    """Lay the commits ``first_seq`` to ``last_seq`` over ``table``. Blocking; raises as `build_table`."""
+    """Lay the commits ``first_seq`` to ``last_seq`` over ``table``. Blocking; raises as `build_table`.
+
+    Args:
+        before: As in `read_changes`.
+    """
     reader = reader or PackReader(store, keys)
-    for number in range(first_seq, last_seq + 1):
-        change = read_change(store, keys, machine, number)
+    for change in read_changes(store, keys, machine, first_seq, last_seq, before=before):
         part = change.of(volume)
         if part is not None:
             if part[0].size_bytes < table.size_bytes:

@@ -1,5 +1,6 @@
 """A volume as it was at a point: what lies where, and the bytes. Opened at once, whatever its size."""
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -9,8 +10,16 @@ import numpy as np
 
 from farshore.errors import IntegrityError, NotFound
 from farshore.units import MIB
-from process_server.recovery.points import ChainReader, Cut, missing
-from process_server.vault.changes import Change, PackRef, PackTable, Renumbering, read_change, read_changes
+from process_server.recovery.points import ChainReader, Cut, Point, missing
+from process_server.vault.changes import (
+    Change,
+    PackRef,
+    PackTable,
+    Renumbering,
+    check_link,
+    read_change,
+    read_changes,
+)
 from process_server.vault.commit import NO_ROWS, Rows, commit_name
 from process_server.vault.keys import VaultKeys
 from process_server.vault.map import newest_map
@@ -18,6 +27,9 @@ from process_server.vault.pack import PackReader, pack_name
 from process_server.vault.rows import REGION_BYTES, by_region, clip, ends, joined, overlay, without_zeros
 from process_server.vault.seal import Kind, SealedObject
 from process_server.vault.store import Store
+
+# Not structlog, as in `process_server.vault.map`.
+_log: Final = logging.getLogger(__name__)
 
 CHUNK_CACHE_BYTES: Final = 64 * MIB
 INLINE_CACHE_BYTES: Final = 64 * MIB
@@ -114,7 +126,7 @@ class VolumeImage:
 
         Raises:
             NotFound: There is no such volume.
-            WrongKey, IntegrityError: An object is not ours, damaged or missing.
+            WrongKey, IntegrityError: An object is not ours, damaged or missing, or the chain is broken.
         """
         entry = cut.point.volume(name)
         self.name, self.volume = name, entry.id
@@ -133,13 +145,19 @@ class VolumeImage:
         )
         self._renumber = Renumbering(self._map.head.packs, self._table) if self._map is not None else None
         first = self._map.head.seq + 1 if self._map is not None else 1
-        self._newer = self._rows_after(chain, first, last, cut.lsn)
+        self._newer, header = self._rows_after(chain, first, last, cut.lsn)
+        _check_place(chain, cut.point, header)
         self._by_region: dict[int, Rows] | None = None
         self._asked = False
 
-    def _rows_after(self, chain: ChainReader, first: int, last: int, lsn: int | None) -> Rows:
+    def _rows_after(
+        self, chain: ChainReader, first: int, last: int, lsn: int | None
+    ) -> tuple[Rows, bytes | None]:
+        """Return what commits changed, and the header digest of the last one, None where it is not known."""
         parts: list[Rows] = []
-        for change in _all_changes(chain, first, last):
+        header = self._map.head.commit_header if self._map is not None else None
+        for change in _all_changes(chain, first, last, header):
+            header = change.header_digest
             found = change.of(self.volume)
             if found is None or not len(found[1]):
                 continue
@@ -149,7 +167,7 @@ class VolumeImage:
             rows = rows.copy()
             Renumbering(change.packs, self._table).apply(rows)
             parts.append(rows)
-        return np.concatenate(parts) if parts else NO_ROWS
+        return np.concatenate(parts) if parts else NO_ROWS, header
 
     def regions(self) -> list[int]:
         """Return the regions in which data may lie, ascending."""
@@ -248,11 +266,38 @@ class VolumeImage:
         return bytes(output)
 
 
-def _all_changes(chain: ChainReader, first: int, last: int) -> Iterator[Change]:
+def _all_changes(chain: ChainReader, first: int, last: int, before: bytes | None) -> Iterator[Change]:
     try:
-        yield from read_changes(chain.store, chain.keys, chain.machine, first, last)
+        yield from read_changes(chain.store, chain.keys, chain.machine, first, last, before=before)
     except NotFound as exc:
         raise missing(exc.where) from exc
+
+
+def _check_place(chain: ChainReader, point: Point, header: bytes | None) -> None:
+    """Check that the commit of ``point`` is the one that was meant by what came before, and by what follows.
+
+    Args:
+        header: `Change.header_digest` as the map has it, or the commit when its rows were read.
+
+    Raises:
+        WrongKey, IntegrityError: It is another, or cannot be read.
+    """
+    own = chain.change(point.seq)
+    if header is not None and header != own.header_digest:
+        raise IntegrityError(
+            "the chain is broken",
+            where=commit_name(chain.machine, point.seq),
+            why="it is not the commit that the map was made after",
+        )
+    if point.seq == chain.newest():
+        return
+    try:
+        after = chain.change(point.seq + 1)
+    except (IntegrityError, NotFound) as exc:
+        # Damage further on takes away nothing of this point; who reads the newest one meets it.
+        _log.warning("the commit after the point is not readable: %s", exc)
+        return
+    check_link(after, own.header_digest, own.head.epoch)
 
 
 def read_rows(chunks: ChunkSource, packs: Sequence[PackRef], rows: Rows) -> "list[tuple[int, memoryview]]":

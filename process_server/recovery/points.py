@@ -199,7 +199,7 @@ def list_points(chain: ChainReader) -> Iterator[Point]:
     """Yield every point of a machine, oldest first.
 
     Raises:
-        IntegrityError: A commit in between is missing or damaged.
+        IntegrityError: A commit in between is missing, damaged, or not the successor of the one before.
     """
     try:
         for change in read_changes(chain.store, chain.keys, chain.machine, chain.oldest(), chain.newest()):

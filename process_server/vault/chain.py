@@ -30,6 +30,7 @@ from process_server.vault.commit import (
     encode_commit,
 )
 from process_server.vault.keys import VaultKeys
+from process_server.vault.seal import header_digest
 from process_server.vault.store.protocol import AlreadyExists, Buffer, Store
 
 READER: Final = bytes(ID_BYTES)
@@ -48,6 +49,7 @@ class _Pending:
     name: str
     body: bytes
     digest: bytes
+    header_digest: bytes
 
 
 class Chain:
@@ -69,6 +71,7 @@ class Chain:
         self._store, self._keys, self._machine_id, self._writer_id = store, keys, machine_id, writer_id
         self.head: CommitHead | None = None
         self.digest = _NO_DIGEST
+        self._header_digest = _NO_DIGEST
         self.is_owner = False
         self._pending: _Pending | None = None
 
@@ -188,6 +191,7 @@ class Chain:
         failpoint("vault.chain.after_commit")
         self._pending = None
         self.head, self.digest = pending.head, pending.digest
+        self._header_digest = pending.header_digest
         self.is_owner = pending.head.kind == "fence" or self.is_owner
         return pending.head.seq, pending.digest
 
@@ -296,6 +300,7 @@ class Chain:
             seq=self.seq + 1,
             kind=kind,
             previous=self.digest,
+            previous_header=self._header_digest,
             epoch=epoch,
             timeline=timeline or (before.timeline if before is not None else Timeline(id=new_id())),
             writer=self._writer_id,
@@ -315,7 +320,7 @@ class Chain:
         head = complete_head(head, rows_by_volume, pack_ids, inline_packs)
         body = encode_commit(self._keys, head, rows_by_volume, pack_ids, inline_packs)
         name = commit_name(self._machine_id, head.seq)
-        self._pending = _Pending(head, name, body, blake3(body).digest())
+        self._pending = _Pending(head, name, body, blake3(body).digest(), header_digest(body))
 
     def _follow(self) -> Commit | None:
         """Read on from what we know to the newest commit; return it, None if there is nothing newer."""
@@ -332,6 +337,7 @@ class Chain:
     def _take(self, commit: Commit | None) -> None:
         self.head = commit.head if commit is not None else None
         self.digest = commit.digest if commit is not None else _NO_DIGEST
+        self._header_digest = commit.header_digest if commit is not None else _NO_DIGEST
 
     def _read(self, seq: int) -> Commit:
         name = commit_name(self._machine_id, seq)

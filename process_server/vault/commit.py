@@ -95,7 +95,12 @@ class CommitPack(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CommitHead(msgspec.Struct, frozen=True, kw_only=True):
-    """The head of a commit (docs/formats/vault.md, "Commit"); ``packs`` is set by `encode_commit`."""
+    """The head of a commit (docs/formats/vault.md, "Commit"); ``packs`` is set by `encode_commit`.
+
+    Attributes:
+        previous: BLAKE3 of the whole object before this one.
+        previous_header: `header_digest` of it, for readers that do not read the whole; None in old commits.
+    """
 
     format: int = FORMAT
     machine: _Id
@@ -103,6 +108,7 @@ class CommitHead(msgspec.Struct, frozen=True, kw_only=True):
     seq: Annotated[int, msgspec.Meta(ge=1, le=SEQ_MAX)]
     kind: CommitKind
     previous: _Digest
+    previous_header: _Digest | None = None
     epoch: Annotated[int, msgspec.Meta(ge=1, le=SEQ_MAX)]
     timeline: Timeline
     writer: _Id
@@ -124,17 +130,18 @@ class Commit:
         name: The object's name.
         head: Its head.
         digest: BLAKE3 of the whole object: what the next commit calls ``previous``.
+        header_digest: What the next commit calls ``previous_header``.
         size_bytes: Of the whole object.
         rows: All rows, volume by volume in the order of ``head.volumes``; read-only.
     """
 
-    __slots__ = ("_keys", "_sealed", "digest", "head", "name", "rows", "size_bytes")
+    __slots__ = ("_keys", "_sealed", "digest", "head", "header_digest", "name", "rows", "size_bytes")
 
     def __init__(
         self, keys: VaultKeys, sealed: SealedObject, head: CommitHead, rows: Rows, digest: bytes
     ) -> None:
         self.name, self.head, self.rows, self.digest = sealed.name, head, rows, digest
-        self.size_bytes = sealed.bytes_total
+        self.size_bytes, self.header_digest = sealed.bytes_total, sealed.header_digest
         self._keys, self._sealed = keys, sealed
 
     def rows_of(self, volume_id: bytes) -> Rows:

@@ -15,10 +15,10 @@ import numpy as np
 from blake3 import blake3
 
 from farshore.compression import LEVEL, codec
-from farshore.errors import IntegrityError, NotFound, WrongKey
+from farshore.errors import Conflict, IntegrityError, NotFound, WrongKey
 from farshore.ids import ID_BYTES, id_to_hex
 from process_server.vault.changes import Overlay, PackRef, PackTable, Renumbering, read_changes
-from process_server.vault.commit import NO_ROWS, ROW_DTYPE, SEQ_MAX, Rows
+from process_server.vault.commit import NO_ROWS, ROW_DTYPE, SEQ_MAX, Rows, commit_name
 from process_server.vault.keys import VaultKeys
 from process_server.vault.root import check_format
 from process_server.vault.rows import REGION_BYTES, by_region, clip, ends, joined, overlay, without_zeros
@@ -31,6 +31,7 @@ from process_server.vault.seal import (
     SealedObject,
     Sealer,
     first_section,
+    header_digest,
 )
 from process_server.vault.store.protocol import AlreadyExists, Store
 
@@ -46,6 +47,7 @@ MAP_SHARE: Final = 0.25
 _NO_ID: Final = bytes(32)
 
 _Id = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
+_Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=SEQ_MAX)]
 
 
@@ -70,12 +72,17 @@ class MapPoint(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MapHead(msgspec.Struct, frozen=True, kw_only=True):
-    """The head of a map object (docs/formats/vault.md, "Map")."""
+    """The head of a map object (docs/formats/vault.md, "Map").
+
+    Attributes:
+        commit_header: `header_digest` of commit ``seq``: the history that this is a map of. None in old maps.
+    """
 
     format: int = 1
     machine: _Id
     volume: _Id
     seq: _Count
+    commit_header: _Digest | None = None
     lsn: _Count
     size_bytes: _Count
     region_bytes: int = REGION_BYTES
@@ -178,6 +185,7 @@ def encode_map(
     machine: bytes,
     volume: bytes,
     seq: int,
+    commit_header: bytes | None,
     lsn: int,
     size_bytes: int,
     regions: Iterable[tuple[int, Rows]],
@@ -187,6 +195,7 @@ def encode_map(
     """Return a sealed map.
 
     Args:
+        commit_header: As in `MapHead`.
         regions: Region and rows, ascending; taken one by one, each compressed before the next is asked for.
         packs: What the rows' pack columns count in; may grow while ``regions`` is consumed. The map lists
             only those that its rows name.
@@ -219,6 +228,7 @@ def encode_map(
         machine=machine,
         volume=volume,
         seq=seq,
+        commit_header=commit_header,
         lsn=lsn,
         size_bytes=size_bytes,
         packs=tuple(table.packs),
@@ -323,7 +333,8 @@ def newest_map(
 ) -> MapReader | None:
     """Return the newest map of a volume that is no later than a commit; None when there is none.
 
-    A damaged map is passed over for the one before: it only repeats what the commits say.
+    A damaged map is passed over for the one before: it only repeats what the commits say. So is the map of
+    another history, left where a chain was rolled back and went on differently.
 
     Raises:
         WrongKey: The maps are sealed for another key.
@@ -332,12 +343,32 @@ def newest_map(
     seqs = [int(tail) for name in store.list(prefix) if (tail := name[len(prefix) :]).isdigit()]
     for seq in sorted((seq for seq in seqs if seq <= at_or_below_seq), reverse=True):
         try:
-            return MapReader.open(store, keys, machine, volume, seq)
+            found = MapReader.open(store, keys, machine, volume, seq)
         except WrongKey:
             raise
         except (IntegrityError, NotFound) as exc:
             _log.warning("map passed over: %s", exc)
+            continue
+        if not _is_of_another_history(store, keys, found):
+            return found
+        _log.warning("map passed over: %s is of another commit than the one there", found.name)
     return None
+
+
+def _is_of_another_history(store: Store, keys: VaultKeys, found: MapReader) -> bool:
+    """Tell whether the commit that ``found`` was made after lies there no more, but another one."""
+    head = found.head
+    if head.commit_header is None:
+        return False
+    name = commit_name(head.machine, head.seq)
+    try:
+        if header_digest(store.get_range(name, 0, HEADER_BYTES)) == head.commit_header:
+            return False
+        SealedObject.open(store, keys, Kind.COMMIT, name)
+    except (IntegrityError, NotFound):
+        # Retired or damaged: a map is there to do without it. The commit after it names it, too.
+        return False
+    return True
 
 
 def build_map(
@@ -357,14 +388,16 @@ def build_map(
 
     Raises:
         NotFound: A commit in between is missing, or none of them lists the volume.
-        WrongKey, IntegrityError: An object is not ours or damaged.
+        WrongKey, IntegrityError: An object is not ours or damaged, or the chain is broken.
     """
     table = PackTable()
     newer = Overlay(table)
     points: list[MapPoint] = []
     first = previous_map.head.seq + 1 if previous_map is not None else 1
     at = (previous_map.head.lsn, previous_map.head.size_bytes) if previous_map is not None else None
-    for change in read_changes(store, keys, machine, first, up_to_seq):
+    header = previous_map.head.commit_header if previous_map is not None else None
+    for change in read_changes(store, keys, machine, first, up_to_seq, before=header):
+        header = change.header_digest
         found = change.of(volume)
         if found is None:
             continue
@@ -383,6 +416,7 @@ def build_map(
         machine=machine,
         volume=volume,
         seq=up_to_seq,
+        commit_header=header,
         lsn=at[0],
         size_bytes=at[1],
         regions=merged_regions(previous_map, newer.rows(), at[1], table),
@@ -402,6 +436,7 @@ def write_map(
     """Make and store the map of a volume after commit ``up_to_seq``; one that is there already is kept.
 
     Raises:
+        Conflict: One is there already, of another history: nobody reads it, a later commit gets the next.
         As `build_map` and `Store.put_new`; Unreachable: trying again is safe.
     """
     body = build_map(store, keys, machine, volume, up_to_seq, previous_map)
@@ -409,5 +444,10 @@ def write_map(
         store.put_new(map_name(machine, volume, up_to_seq), body)
     except AlreadyExists:
         # An earlier try of ours, or of whom we took over from: all say the same of the same commits.
-        return MapReader.open(store, keys, machine, volume, up_to_seq)
+        found = MapReader.open(store, keys, machine, volume, up_to_seq)
+        if not _is_of_another_history(store, keys, found):
+            return found
+        raise Conflict(
+            "cannot store the map", where=found.name, why="one of another history has its name"
+        ) from None
     return MapReader.parse(keys, machine, volume, up_to_seq, body)

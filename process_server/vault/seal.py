@@ -190,6 +190,7 @@ class SealedObject:
     Attributes:
         name: The object's name.
         head: The head, authenticated.
+        header_digest: As `header_digest` of its bytes.
         table: Rows of `TABLE_DTYPE`, one for each section from 1.
         bytes_total: Length of the whole object, as its table says.
     """
@@ -201,6 +202,7 @@ class SealedObject:
         self.fetch = fetch
         """Reads bytes of the object as stored: first byte, length."""
         self._sealer = Sealer.parse(keys, kind, name, start)
+        self.header_digest = header_digest(self._sealer.header)
         count, first_bytes = struct.unpack_from("<II", self._sealer.header, 112)
         end = HEADER_BYTES + first_bytes
         sealed = memoryview(start)[HEADER_BYTES:end]
@@ -266,6 +268,15 @@ class SealedObject:
             raise _damaged(self.name, f"section {index} has {len(sealed)} of {stored_bytes} bytes")
         stored = self._sealer.open(index, sealed, plain_bytes, bytes(id), self.name)
         return codec().expand(stored, plain_bytes, flag, self.name)
+
+
+def header_digest(start: Buffer) -> bytes:
+    """Return BLAKE3 of the header of an object that begins with ``start``: which object this is.
+
+    Salt and content digest stand in it and all of it is authenticated with every section, so no two objects
+    share one: it tells them apart for 128 bytes, where a digest of the whole takes all of them.
+    """
+    return blake3(memoryview(start)[:HEADER_BYTES]).digest()
 
 
 def first_section(table: "np.ndarray[tuple[int], np.dtype[np.void]]", head: bytes) -> bytes:

@@ -10,6 +10,8 @@ import pytest
 from blake3 import blake3
 
 from farshore.errors import FarshoreError, IntegrityError
+from process_server.recovery.image import VolumeImage
+from process_server.recovery.points import ChainReader, Cut, list_points
 from process_server.vault.chain import Chain
 from process_server.vault.commit import ZEROS, Commit
 from process_server.vault.control import ControlStore
@@ -76,6 +78,19 @@ def test_it_opens_with_both_keys_and_restores_every_point() -> None:
     assert len(EXPECTED["volume_at"]) == 3
     slot = bytes.fromhex(EXPECTED["server_slot"])
     assert open_vault(store, slot).to_bytes() == open_vault(store, RECOVERY).to_bytes()
+
+
+def test_recovery_reads_it_too() -> None:
+    """Commits of this vault do not name the header of the one before: they are read without that link."""
+    store = FileStore(VAULT)
+    keys = open_vault(store, RECOVERY)
+    chain = ChainReader(store, keys, MACHINE)
+    found = {}
+    for point in list_points(chain):
+        name = next(entry.name for entry in point.head.volumes if entry.id == VOLUME)
+        image = VolumeImage(chain, Cut(point, None, point.is_fuzzy), name)
+        found[str(point.seq)] = blake3(image.read(0, image.size_bytes)).hexdigest()
+    assert found == EXPECTED["volume_at"]
 
 
 def test_it_restores_by_the_page_alone() -> None:

@@ -21,6 +21,7 @@ from process_server.vault.commit import (
 from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault
 from process_server.vault.pack import PackBuilder
 from process_server.vault.root import ROOT, Root, decode_root, encode_root
+from process_server.vault.seal import header_digest
 from process_server.vault.store import Store, open_store
 
 SECTOR = 512
@@ -76,7 +77,8 @@ class SmallVault:
         self.key_file = folder.with_suffix(".key")
         self.key_file.touch(mode=0o600)
         self.key_file.write_text(self.recovery_key.format() + "\n")
-        self.seq, self._digest = 0, bytes(32)
+        self.seq, self.epoch, self._digest, self._header_digest = 0, 1, bytes(32), bytes(32)
+        self._history = [self._state()]
         self.timeline = Timeline(id=new_id())
         self.packs: list[bytes] = []
         self._register()
@@ -140,7 +142,29 @@ class SmallVault:
 
     def fence(self) -> int:
         """Store a change of owner; return its number."""
+        self.epoch += 1
         return self._append({}, [], {}, kind="fence", tag=None)
+
+    def roll_back(self, seq: int) -> dict[str, bytes]:
+        """Take away the commits and maps after ``seq``, as if they had never been; return what they were."""
+        taken = {}
+        names = [*self.store.list("c/"), *self.store.list("m/")]
+        for name in (name for name in names if int(name.rpartition("/")[2]) > seq):
+            taken[name] = self.store.get(name)
+            (self.folder / name).unlink()
+        del self._history[seq + 1 :]
+        self.seq, self.epoch, self._digest, self._header_digest, volumes = self._history[seq]
+        for volume, (lsn, content) in zip(self.volumes, volumes, strict=True):
+            volume.lsn, volume.content = lsn, bytearray(content)
+        return taken
+
+    def put_back(self, name: str, body: bytes) -> None:
+        """Store an object whatever has its name, as whoever holds the disk of the vault can."""
+        (self.folder / name).write_bytes(body)
+
+    def _state(self) -> tuple[int, int, bytes, bytes, list[tuple[int, bytes]]]:
+        volumes = [(volume.lsn, bytes(volume.content)) for volume in self.volumes]
+        return self.seq, self.epoch, self._digest, self._header_digest, volumes
 
     def _append(
         self,
@@ -159,7 +183,8 @@ class SmallVault:
             seq=self.seq,
             kind="data" if kind == "data" else "fence",
             previous=self._digest,
-            epoch=1,
+            previous_header=self._header_digest,
+            epoch=self.epoch,
             timeline=self.timeline,
             writer=bytes(16),
             nonce=new_id(),
@@ -185,7 +210,8 @@ class SmallVault:
         )
         body = encode_commit(self.keys, head, tables, packs, carried)
         self.store.put_new(commit_name(self.machine, self.seq), body)
-        self._digest = blake3(body).digest()
+        self._digest, self._header_digest = blake3(body).digest(), header_digest(body)
+        self._history.append(self._state())
         return self.seq
 
     @staticmethod

@@ -92,6 +92,8 @@ def test_commits_follow_each_other(store: FaultyStore) -> None:
     assert [commit.rows["lsn"].tolist() for commit in commits] == [[], [1], [2], [3]]
     for before, after in pairwise(commits):
         assert after.head.previous == before.digest == blake3(store.get(before.name)).digest()
+        assert after.head.previous_header == blake3(store.get(before.name)[:128]).digest()
+    assert commits[0].head.previous_header == bytes(32)
     assert [commit.head.seq for commit in chain.iterate(2, 3, previous=commits[0].digest)] == [2, 3]
     assert list(Chain(store, KEYS, b"?" * 16).iterate()) == []
 
@@ -104,6 +106,7 @@ def test_a_fence_repeats_the_volumes_and_the_timeline(store: FaultyStore) -> Non
     later = owned(store, THEM)
     assert later.head is not None
     assert (later.head.volumes, later.head.timeline, later.epoch) == ((volume(7),), branch, 2)
+    assert later.head.previous_header == blake3(store.get(name(2))[:128]).digest()
 
 
 def test_without_a_fence_nothing_is_added(store: FaultyStore) -> None:

@@ -230,6 +230,8 @@ def test_a_head_without_a_key_is_refused() -> None:
     for key in msgspec.structs.asdict(HEAD):
         if key in ("tag", "idle_since_ns", "consistency", "generation", "packs", "cut_seq", "volumes"):
             continue
+        if key == "previous_header":  # not in the first commits of format 1
+            continue
         with pytest.raises(IntegrityError):
             _raw(lambda head, key=key: head.pop(key))  # type: ignore[misc]  # a default binds the loop's value
 
