@@ -26,6 +26,7 @@ class Stream:
     Attributes:
         resync: The vault is behind by more than the journal knows; points are fuzzy until all is compared.
         copied: A MARK said, or the server did, that every extent is in the vault.
+        copied_seq: The cut_seq of the first MARK that said so of the newest copying; 0 when the server did.
         paused: Nothing is sent; points without this volume's newest state are fuzzy.
         opened: Its place in the journal was found.
         resync_at: Incarnation of the journal when it was.
@@ -39,6 +40,7 @@ class Stream:
     rule: CopyRule
     resync: bool
     copied: bool
+    copied_seq: int = 0
     paused: bool = False
     opened: bool = False
     job: Job | None = None
@@ -153,7 +155,7 @@ def _volume_mark(
         stream.tokens[seq] = [copy.copy.token for copy in placed]
     job = stream.job
     if job is not None and job.kind != "heal" and job.finished and not stream.rule.waiting:
-        stream.copied = True
+        stream.copied, stream.copied_seq = True, seq
     stream.mark = (entry.incarnation, entry.lsn)
     return m.VolumeMark(
         stream.id,

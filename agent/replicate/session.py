@@ -323,14 +323,20 @@ class Session:
         self._send_now.set()
 
     def _copied_in(self, mark: m.Mark) -> set[bytes]:
-        """The volumes of which ``mark`` says that the vault has all, and that is still so."""
+        """The volumes of which ``mark`` says that the vault has all, and that is still so.
+
+        A MARK from before a resync or a pass began says it of the copying before.
+        """
         found = set()
         for volume in mark.volumes:
-            replica = self.replicas.get(volume.volume)
-            if volume.copied and not (
-                isinstance(replica, ScanReplica) and not self._passes.concerns(replica, volume)
-            ):
-                found.add(volume.volume)
+            stream, replica = self.streams.get(volume.volume), self.replicas.get(volume.volume)
+            if not volume.copied or stream is None:
+                continue
+            if not stream.copied or mark.cut_seq < stream.copied_seq:
+                continue
+            if isinstance(replica, ScanReplica) and not self._passes.concerns(replica, volume):
+                continue
+            found.add(volume.volume)
         return found
 
     async def _copied(self, stream: cuts.Stream, replica: Replica, *, offerable: bool) -> None:

@@ -208,3 +208,43 @@ async def test_a_machine_of_disks_that_are_fuzzy_anyway_asks_for_no_better_cut(
     assert session._needs_cut()  # the last one was fuzzy, and the tap's would not be
     replica.fuzzy_anyway = lambda: True  # type: ignore[method-assign]
     assert not session._needs_cut()
+
+
+async def test_a_resync_is_not_over_by_what_was_copied_before_it(
+    parts: tuple[Session, Replica, NotingJournal, NotingTap],
+) -> None:
+    """MARKs from before it say that all is copied, and are acknowledged while it goes on, and after it."""
+    session, replica, _, _ = parts
+    await session._open(replica)
+    stream = session.streams[VOLUME]
+    seqs: list[int] = []
+
+    async def send(message: m.Message) -> None:
+        if isinstance(message, m.Mark):
+            seqs.append(message.cut_seq)
+
+    async def mark() -> None:
+        await session._send_mark(Cut(0, 0, None, (CutVolume(VOLUME, INCARNATION, 3, False),)))
+
+    async def ack(seq: int) -> None:
+        here = m.Vaulted(VOLUME, INCARNATION, 3, bytes(32))
+        await session._acknowledged(m.Ack("vaulted", seq, 1, "p", "crash", (here,)))
+
+    session.link.send = send  # type: ignore[method-assign]
+    for _ in range(3):
+        await mark()
+    await session.resync(replica)
+    session._start_full(stream, replica, replica.state())
+    job = stream.job
+    await ack(seqs[0])
+    assert (stream.job, stream.resync, replica.resync) == (job, True, True)
+    assert job is not None
+    while job.take(1) is not None:
+        job.done(1)
+    await mark()
+    assert stream.copied
+    for seq in seqs[1:3]:
+        await ack(seq)
+        assert (stream.job, stream.resync, replica.resync) == (job, True, True)
+    await ack(seqs[3])
+    assert (stream.job, stream.resync, replica.resync) == (None, False, False)
