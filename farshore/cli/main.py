@@ -43,6 +43,7 @@ VERBS: Final[dict[str, Verb]] = {
     "point": Verb("farshore.cli.point:command", "List and create recovery points."),
     "recover": Verb("farshore.cli.recover:command", "Write volumes at a point to files or a device."),
     "export": Verb("farshore.cli.export:command", "Serve a volume at a point over NBD."),
+    "vault": Verb("farshore.cli.vault:command", "Look into a vault, and check that all of it is sound."),
     "hrl": Verb("farshore.cli.hrl:command", "Look into .hrl change logs."),
     "test": Verb("farshore.cli.test:command", "Run the tests of this checkout."),
 }

@@ -190,6 +190,11 @@ def find_machine(store: Store, keys: VaultKeys, name: str) -> ChainReader:
     raise NotFound("no such machine in the vault", where=name, why=f"it has: {known}")
 
 
+def machines_in(store: Store, keys: VaultKeys) -> list[bytes]:
+    """Return the ids of all machines that have, or may begin, a chain. Raises as `find_machine`."""
+    return sorted({*decode_root(store.get(ROOT), keys.root_key).chains, *_machines_with_commits(store)})
+
+
 def _machines_with_commits(store: Store) -> set[bytes]:
     parts = {name.split("/")[1] for name in store.list("c/")}
     return {bytes.fromhex(part) for part in parts if _HEX_ID.fullmatch(part)}

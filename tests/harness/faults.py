@@ -15,6 +15,7 @@ FAULTS: Final = {
     "F15": "link that swallows everything",
     "F16": "connection cut at a byte",
     "F17": "frame repeated, moved, lost or changed",
+    "F27": "vault object deleted, corrupted or exchanged",
     "F35": "slow or hostile peer",
     "F38": "disk written behind our back",
 }
