@@ -37,9 +37,10 @@ from process_server.vault.commit import (
     commit_name,
     encode_commit,
 )
-from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault
+from process_server.vault.keys import VaultKeys, create_vault
 from process_server.vault.map import write_map
 from process_server.vault.pack import PackBuilder
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.root import ROOT, decode_root, encode_root
 from process_server.vault.store import Store, open_store
 

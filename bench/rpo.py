@@ -19,7 +19,8 @@ from farshore.site import Site
 from farshore.units import GIB
 from farshore.workload import Ledger
 from process_server.vault.chain import Chain
-from process_server.vault.keys import RecoveryKey, open_vault
+from process_server.vault.keys import open_vault
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.store.url import open_store
 
 MACHINE, VOLUME = "bench", "data"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import click
 import msgspec
 
+from farshore.cli import vault_key
 from farshore.cli.vaultopts import open_vault_of, vault_options
 from farshore.clock import format_time
 from farshore.errors import ConfigError, IntegrityError, NotFound, UsageError
@@ -42,6 +43,9 @@ class InfoFile(msgspec.Struct, frozen=True):
 @click.group("vault", context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """A vault, with a server or without."""
+
+
+command.add_command(vault_key.command)
 
 
 @command.command("info")

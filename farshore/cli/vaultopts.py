@@ -32,7 +32,7 @@ def vault_options(function: F) -> F:
             "--recovery-key-file",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="The vault's recovery key.",
+            help="The vault's recovery key, or another key that opens it; - asks for it.",
         ),
         click.option(
             "--server-dir",

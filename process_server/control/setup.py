@@ -36,9 +36,10 @@ from process_server.config import (
 )
 from process_server.control.api import hash_token, new_bearer_token
 from process_server.identity import with_server_certificate
-from process_server.recovery.access import read_recovery_key
+from process_server.recovery.access import read_opener
 from process_server.vault.control import Control, ControlStore, ServerIdentity
-from process_server.vault.keys import RecoveryKey, VaultKeys, add_server_slot, create_vault, open_vault
+from process_server.vault.keys import VaultKeys, add_server_slot, create_vault, open_vault
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.root import ROOT
 from process_server.vault.store import Store, open_store
 from process_server.vault.store.probe import probe
@@ -111,11 +112,11 @@ def adopt(
         WrongKey: The key is another vault's.
         ConfigError, IntegrityError, CapacityError, Failed: As `initialise`, or the vault is damaged.
     """
-    recovery = read_recovery_key(recovery_key_file)
+    opener = read_opener(recovery_key_file)
     with contextlib.ExitStack() as undo:
         _prepare(directory, undo)
         with contextlib.closing(open_store(vault, owner=True)) as store:
-            keys = open_vault(store, recovery)
+            keys = open_vault(store, opener)
             probe(store)
             control = ControlStore(store, keys)
             slot = _slot(directory, undo)

@@ -1,15 +1,21 @@
 """Opening a vault to recover from it: by address and recovery key alone, or as a server's directory says."""
 
+import getpass
 import os
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from farshore.errors import ConfigError, NotFound, UsageError
-from process_server.vault.keys import SECRET_BYTES, RecoveryKey, VaultKeys, open_vault
+from process_server.vault.holders import EscrowKey, Opener, Passphrase
+from process_server.vault.keys import VaultKeys, open_vault
+from process_server.vault.recovery_key import SECRET_BYTES, RecoveryKey
 from process_server.vault.store import Store, open_store
 
-_KEY_FILE_BYTES_MAX = 4096
+PASSPHRASE_PREFIX: Final = "passphrase:"
+_KEY_FILE_BYTES_MAX: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ def open_access(*, vault: str | None, recovery_key_file: Path | None, server_dir
     """
     if vault is not None and recovery_key_file is not None:
         store = open_store(vault)
-        return Access(vault, store, open_vault(store, read_recovery_key(recovery_key_file)))
+        return Access(vault, store, open_vault(store, read_opener(recovery_key_file)))
     if vault is None and recovery_key_file is None and server_dir is not None:
         return _open_as_server(server_dir)
     raise UsageError(
@@ -51,14 +57,38 @@ def open_access(*, vault: str | None, recovery_key_file: Path | None, server_dir
     )
 
 
-def read_recovery_key(path: Path) -> RecoveryKey:
-    """Return the key in a file that nobody else may read.
+def read_opener(path: Path) -> Opener:
+    """Return the key in a file that nobody else may read; of ``-``, what is typed at the terminal.
+
+    The file holds a recovery key, the private half of an escrow key (PEM), or a passphrase in a line that
+    begins with ``passphrase:``.
 
     Raises:
         ConfigError: The file cannot be read, or others can.
-        UsageError: What it holds is no recovery key.
+        UsageError: What it holds is no key.
     """
-    return RecoveryKey.parse(_read_secret(path).decode("utf-8", "replace"))
+    if str(path) == "-":
+        return _typed()
+    secret = _read_secret(path)
+    if secret.startswith(b"-----BEGIN"):
+        return EscrowKey.parse(secret)
+    text = secret.decode("utf-8", "replace")
+    if text.startswith(PASSPHRASE_PREFIX):
+        return Passphrase(text.removeprefix(PASSPHRASE_PREFIX).strip())
+    return RecoveryKey.parse(text)
+
+
+def _typed() -> Opener:
+    if sys.stdin.isatty():
+        text = getpass.getpass("recovery key or passphrase: ")
+    else:
+        text = sys.stdin.readline().rstrip("\n")
+    try:
+        return RecoveryKey.parse(text)
+    except UsageError:
+        if text.upper().startswith("FSRK"):
+            raise
+        return Passphrase(text.strip())
 
 
 def _open_as_server(directory: Path) -> Access:

@@ -1,99 +1,31 @@
-"""Keys: the recovery key that people keep, the slots that servers keep, and what is derived from both."""
+"""The keys of a vault: made, opened by whoever holds a key to it, and what is derived from them."""
 
-import base64
-import hmac
-import re
 import secrets
 import struct
-from typing import Annotated, Final
+from collections.abc import Callable
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 from blake3 import blake3
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from farshore.errors import Conflict, IntegrityError, NotFound, UsageError, WrongKey
+from farshore.errors import Conflict, IntegrityError, NotFound, WrongKey
 from farshore.failpoints import failpoint
 from farshore.ids import ID_BYTES, id_to_hex, new_id
+from process_server.vault.holders import Holder, Opener, Wrapper
+from process_server.vault.recovery_key import SECRET_BYTES, RecoveryKey
 from process_server.vault.root import ROOT, Root, check_format, decode_root, encode_root
 from process_server.vault.store.protocol import Precondition, Store
 
-SECRET_BYTES: Final = 32
 FORMAT: Final = 1
 HOLDERS_MAX: Final = 64
 KEYS_BYTES_MAX: Final = 64 * 1024
+TRIES_MAX: Final = 16
 
-_PREFIX: Final = "FSRK-"
-_CHECKSUM_BYTES: Final = 3
-_DIGITS: Final = 8 * (SECRET_BYTES + _CHECKSUM_BYTES) // 5
-_BASE32: Final = re.compile(r"[A-Z2-7]*")
-# Digits that Base32 does not have, written for the letters they look like. A wrong guess meets the checksum.
-_LOOKALIKES: Final = str.maketrans("018", "OIB")
-_NONCE_ZERO: Final = bytes(12)
 _STORED: Final = struct.Struct("<16sI32s")
 
 _Id = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
-
-
-class RecoveryKey:
-    """The secret that opens a vault when everything else is lost. 32 random bytes; never in a repr or log."""
-
-    __slots__ = ("_secret",)
-
-    def __init__(self, secret: bytes) -> None:
-        if len(secret) != SECRET_BYTES:
-            raise ValueError(f"a recovery key has {SECRET_BYTES} bytes, not {len(secret)}")
-        self._secret = secret
-
-    @classmethod
-    def generate(cls) -> "RecoveryKey":
-        """Return a new key."""
-        return cls(secrets.token_bytes(SECRET_BYTES))
-
-    @classmethod
-    def parse(cls, text: str) -> "RecoveryKey":
-        """Return the key that `format` wrote; case, spaces, dashes and 0, 1, 8 for O, I, B do not matter.
-
-        Raises:
-            UsageError: Not a recovery key, or mistyped. The message does not repeat what was typed.
-        """
-        digits = re.sub(r"[\s-]", "", text).upper().removeprefix(_PREFIX[:-1]).translate(_LOOKALIKES)
-        if len(digits) != _DIGITS or not _BASE32.fullmatch(digits):
-            raise UsageError(
-                "not a recovery key",
-                why=f"{len(digits)} digits after {_PREFIX}, or one that is none",
-                fix=f"it is {_PREFIX} and {_DIGITS} letters and digits 2 to 7, in groups of 4",
-            )
-        raw = base64.b32decode(digits)
-        secret, checksum = raw[:SECRET_BYTES], raw[SECRET_BYTES:]
-        if not hmac.compare_digest(checksum, _checksum(secret)):
-            raise UsageError(
-                "the recovery key is mistyped",
-                why="its checksum does not match",
-                fix="compare it with the original, group by group",
-            )
-        return cls(secret)
-
-    def format(self) -> str:
-        """Return the text to print or store: ``FSRK-`` and 14 groups of 4 digits."""
-        digits = base64.b32encode(self._secret + _checksum(self._secret)).decode()
-        return _PREFIX + "-".join(digits[at : at + 4] for at in range(0, _DIGITS, 4))
-
-    @property
-    def secret(self) -> bytes:
-        """The 32 bytes themselves."""
-        return self._secret
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RecoveryKey) and hmac.compare_digest(self._secret, other._secret)
-
-    def __hash__(self) -> int:
-        return hash((RecoveryKey, self._secret))
-
-    def __repr__(self) -> str:
-        return "RecoveryKey(…)"
 
 
 class VaultKeys:
@@ -123,6 +55,10 @@ class VaultKeys:
         """Return the id (32 bytes) of the chunk whose plaintext has this BLAKE3 digest (32 bytes)."""
         return blake3(digest, key=self.id_key).digest()
 
+    def wrap(self, how: "Callable[[Wrapper, bytes], Holder]") -> Holder:
+        """Return the master key as ``how`` wraps it for another holder; it goes nowhere else."""
+        return how(Wrapper(self.vault_id, self.generation), self._master)
+
     def to_bytes(self) -> bytes:
         """Return everything, for a worker process of ours over a socketpair. Never to a disk or argv."""
         return _STORED.pack(self.vault_id, self.generation, self._master)
@@ -144,16 +80,6 @@ class VaultKeys:
         raise TypeError("keys are not pickled: to_bytes says where they may go")
 
 
-class Holder(msgspec.Struct, frozen=True):
-    """The master key, wrapped for one secret. ``kind`` is ``recovery`` or ``server``."""
-
-    kind: str
-    id: _Id
-    salt: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-    check: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-    wrapped: Annotated[bytes, msgspec.Meta(min_length=48, max_length=48)]
-
-
 class KeysObject(msgspec.Struct, frozen=True):
     """``keys/<vault id>/<generation>``."""
 
@@ -161,6 +87,9 @@ class KeysObject(msgspec.Struct, frozen=True):
     vault: _Id
     generation: int
     holders: Annotated[tuple[Holder, ...], msgspec.Meta(max_length=HOLDERS_MAX)]
+
+
+Holders: TypeAlias = tuple[Holder, ...]
 
 
 def create_vault(store: Store, recovery: RecoveryKey, server_slot: bytes) -> VaultKeys:
@@ -179,8 +108,8 @@ def create_vault(store: Store, recovery: RecoveryKey, server_slot: bytes) -> Vau
         raise _exists()
     keys = VaultKeys(new_id(), 1, secrets.token_bytes(SECRET_BYTES))
     holders = (
-        _wrap(keys, "recovery", recovery.secret),
-        _wrap(keys, "server", server_slot),
+        keys.wrap(lambda wrapper, master: wrapper.for_secret(master, "recovery", recovery.secret)),
+        keys.wrap(lambda wrapper, master: wrapper.for_secret(master, "server", server_slot)),
     )
     # The name holds the new vault's id: two that race, or a try after a crash, do not meet here.
     body = _encode_keys(KeysObject(FORMAT, keys.vault_id, keys.generation, holders))
@@ -195,8 +124,8 @@ def create_vault(store: Store, recovery: RecoveryKey, server_slot: bytes) -> Vau
     return keys
 
 
-def open_vault(store: Store, holder: RecoveryKey | bytes) -> VaultKeys:
-    """Return the keys of the vault in ``store``, by the recovery key or a server's slot key (32 bytes).
+def open_vault(store: Store, opener: Opener) -> VaultKeys:
+    """Return the keys of the vault in ``store``, by whatever one of its holders is for.
 
     Raises:
         NotFound: There is no vault here.
@@ -209,7 +138,7 @@ def open_vault(store: Store, holder: RecoveryKey | bytes) -> VaultKeys:
         raise NotFound("no vault here", fix="check the address; `farshore server init` makes one") from None
     claimed = decode_root(body, None)
     kept, _ = _load_keys(store, claimed.vault, claimed.key_generation)
-    keys = _unwrap(kept, holder.secret if isinstance(holder, RecoveryKey) else holder)
+    keys = _unwrap(kept, opener)
     decode_root(body, keys.root_key)
     return keys
 
@@ -220,20 +149,53 @@ def add_server_slot(store: Store, keys: VaultKeys, server_slot: bytes) -> None:
     Raises:
         Conflict: There are too many holders, or others keep changing them.
     """
-    for _ in range(16):
+    wrapper = Wrapper(keys.vault_id, keys.generation)
+    fresh = keys.wrap(lambda wrapper, master: wrapper.for_secret(master, "server", server_slot))
+
+    def add(holders: Holders) -> Holders:
+        if any(wrapper.unwrap(holder, server_slot) for holder in holders if holder.kind == "server"):
+            return holders
+        return (*holders, fresh)
+
+    change_holders(store, keys, add)
+
+
+def list_holders(store: Store, keys: VaultKeys) -> Holders:
+    """Return whom the vault is open to. Raises IntegrityError."""
+    return _load_keys(store, keys.vault_id, keys.generation)[0].holders
+
+
+def change_holders(store: Store, keys: VaultKeys, change: Callable[[Holders], Holders]) -> Holders:
+    """Replace the holders by ``change`` of them, atomically, and return what is stored; durable on return.
+
+    Args:
+        change: A pure function; called again when another change came first. What it raises is passed on.
+
+    Raises:
+        Conflict: There would be too many, or nobody but servers could open the vault; or others keep
+            changing them.
+        Unreachable: The store did not answer; to repeat it is safe when ``change`` looks at what is there.
+    """
+    for _ in range(TRIES_MAX):
         kept, etag = _load_keys(store, keys.vault_id, keys.generation)
-        if any(_fits(kept, holder, server_slot) for holder in kept.holders):
-            return
-        if len(kept.holders) >= HOLDERS_MAX:
-            raise Conflict("cannot add a server", why=f"the vault has {HOLDERS_MAX} keys already")
-        holders = (*kept.holders, _wrap(keys, "server", server_slot))
+        holders = change(kept.holders)
+        if holders == kept.holders:
+            return holders
+        if len(holders) > HOLDERS_MAX:
+            raise Conflict("cannot add a key", why=f"the vault has {HOLDERS_MAX} keys already")
+        if all(holder.kind == "server" for holder in holders):
+            raise Conflict(
+                "cannot remove the key",
+                why="only servers could open the vault then",
+                fix="add another one first",
+            )
         body = _encode_keys(msgspec.structs.replace(kept, holders=holders))
         try:
             store.cas(keys_name(keys.vault_id, keys.generation), body, etag)
         except Precondition:
             continue
-        return
-    raise Conflict("cannot add a server", why="the holders of keys kept changing", fix="try again")
+        return holders
+    raise Conflict("cannot change the vault's keys", why="others kept changing them", fix="try again")
 
 
 def keys_name(vault_id: bytes, generation: int) -> str:
@@ -241,46 +203,22 @@ def keys_name(vault_id: bytes, generation: int) -> str:
     return f"keys/{id_to_hex(vault_id)}/{generation:020}"
 
 
-def _wrap(keys: VaultKeys, kind: str, secret: bytes) -> Holder:
-    if len(secret) != SECRET_BYTES:
-        raise ValueError(f"a holder's secret has {SECRET_BYTES} bytes, not {len(secret)}")
-    id, salt = new_id(), secrets.token_bytes(32)
-    key, check = _holder_key(keys.vault_id, keys.generation, salt, secret)
-    # Nonce zero: the salt is new, so the key encrypts this once and nothing else.
-    wrapped = AESGCM(key).encrypt(_NONCE_ZERO, keys._master, kind.encode() + b"\0" + id)
-    return Holder(kind, id, salt, check, wrapped)
-
-
-def _unwrap(kept: KeysObject, secret: bytes) -> VaultKeys:
+def _unwrap(kept: KeysObject, opener: Opener) -> VaultKeys:
     where = keys_name(kept.vault, kept.generation)
+    wrapper = Wrapper(kept.vault, kept.generation)
     for holder in kept.holders:
-        if not _fits(kept, holder, secret):
-            continue
-        key, _ = _holder_key(kept.vault, kept.generation, holder.salt, secret)
         try:
-            master = AESGCM(key).decrypt(
-                _NONCE_ZERO, holder.wrapped, holder.kind.encode() + b"\0" + holder.id
-            )
-        except InvalidTag:
-            raise IntegrityError("the wrapped master key is damaged", where=where) from None
-        return VaultKeys(kept.vault, kept.generation, master)
+            master = wrapper.unwrap(holder, opener)
+        except IntegrityError as exc:
+            raise IntegrityError(exc.what, where=where) from exc
+        if master is not None:
+            return VaultKeys(kept.vault, kept.generation, master)
     raise WrongKey(
         "this key does not open the vault",
         where=f"vault {id_to_hex(kept.vault)}",
         why=f"none of its {len(kept.holders)} key slots is for it",
         fix="use this vault's recovery key",
     )
-
-
-def _fits(kept: KeysObject, holder: Holder, secret: bytes) -> bool:
-    _, check = _holder_key(kept.vault, kept.generation, holder.salt, secret)
-    return hmac.compare_digest(check, holder.check)
-
-
-def _holder_key(vault_id: bytes, generation: int, salt: bytes, secret: bytes) -> tuple[bytes, bytes]:
-    info = b"farshore holder 1" + vault_id + generation.to_bytes(4, "little")
-    both = _hkdf(secret, salt, info, 64)
-    return both[:32], both[32:]
 
 
 def _encode_keys(kept: KeysObject) -> bytes:
@@ -310,10 +248,6 @@ def _load_keys(store: Store, vault_id: bytes, generation: int) -> tuple[KeysObje
 
 def _hkdf(secret: bytes, salt: bytes, info: bytes, length: int) -> bytes:
     return HKDF(algorithm=SHA256(), length=length, salt=salt, info=info).derive(secret)
-
-
-def _checksum(secret: bytes) -> bytes:
-    return blake3(b"farshore recovery key 1" + secret).digest(length=_CHECKSUM_BYTES)
 
 
 def _exists() -> Conflict:

@@ -28,7 +28,8 @@ from farshore.site import Site, wait_for
 from farshore.stamps import Workload, check_prefix
 from farshore.workload import Ledger
 from process_server.vault.chain import Chain
-from process_server.vault.keys import RecoveryKey, VaultKeys, open_vault
+from process_server.vault.keys import VaultKeys, open_vault
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.store.protocol import Store
 from process_server.vault.store.url import open_store
 from tests.harness.faults import Injected

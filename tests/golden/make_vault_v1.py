@@ -16,8 +16,9 @@ from blake3 import blake3
 from process_server.vault.chain import Chain
 from process_server.vault.commit import ROW_DTYPE, ZEROS, CommitVolume, Rows, Timeline
 from process_server.vault.control import ControlStore, Machine
-from process_server.vault.keys import RecoveryKey, create_vault
+from process_server.vault.keys import create_vault
 from process_server.vault.pack import PackBuilder
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.store import open_store
 
 MACHINE, VOLUME, SERVER = b"golden machine 1", b"golden volume  1", b"golden server  1"

@@ -15,8 +15,9 @@ from process_server.recovery.points import ChainReader, Cut, list_points
 from process_server.vault.chain import Chain
 from process_server.vault.commit import ZEROS, Commit
 from process_server.vault.control import ControlStore
-from process_server.vault.keys import RecoveryKey, VaultKeys, open_vault
+from process_server.vault.keys import VaultKeys, open_vault
 from process_server.vault.pack import PackReader
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.store.file import FileStore
 from process_server.vault.store.memory import MemoryStore
 from process_server.vault.store.protocol import Store

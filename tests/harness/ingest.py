@@ -37,8 +37,9 @@ from process_server.service import ProcessServer
 from process_server.vault.chain import Chain
 from process_server.vault.commit import ZEROS, Commit
 from process_server.vault.control import ControlStore, Machine, ServerIdentity
-from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault, open_vault
+from process_server.vault.keys import VaultKeys, create_vault, open_vault
 from process_server.vault.pack import PackReader
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.store import Store, open_store
 from tests.harness.copies import copied
 

@@ -18,8 +18,9 @@ from process_server.vault.commit import (
     commit_name,
     encode_commit,
 )
-from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault
+from process_server.vault.keys import VaultKeys, create_vault
 from process_server.vault.pack import PackBuilder
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.root import ROOT, Root, decode_root, encode_root
 from process_server.vault.seal import header_digest
 from process_server.vault.store import Store, open_store

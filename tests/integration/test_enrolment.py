@@ -371,7 +371,8 @@ def hello(site: Site, machine: str = "db1") -> m.Hello:
 def vault_authority(site: Site) -> pki.Authority:
     """The vault's own CA, as nobody but its servers has it."""
     from process_server.vault.control import ControlStore
-    from process_server.vault.keys import RecoveryKey, open_vault
+    from process_server.vault.keys import open_vault
+    from process_server.vault.recovery_key import RecoveryKey
     from process_server.vault.store import open_store
 
     with contextlib.closing(open_store(site.vault)) as store:

@@ -20,7 +20,8 @@ from process_server import identity as identity_module
 from process_server.identity import Identity, with_server_certificate
 from process_server.ingest.stream import Refused
 from process_server.vault.control import Control, ControlStore, Denied, ServerIdentity
-from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault
+from process_server.vault.keys import VaultKeys, create_vault
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.store.memory import MemoryStore
 from tests.fakes.clock import ManualClock
 

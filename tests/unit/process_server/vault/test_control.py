@@ -17,7 +17,8 @@ from process_server.vault.control import (
     Token,
     control_name,
 )
-from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault
+from process_server.vault.keys import VaultKeys, create_vault
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.root import ROOT
 from process_server.vault.store.memory import MemoryStore
 from process_server.vault.store.protocol import Body, Precondition

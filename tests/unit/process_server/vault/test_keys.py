@@ -13,13 +13,13 @@ from farshore.errors import Conflict, IntegrityError, NotFound, Unreachable, Usa
 from farshore.failpoints import InjectedFault, arm, disarm
 from process_server.vault.keys import (
     HOLDERS_MAX,
-    RecoveryKey,
     VaultKeys,
     add_server_slot,
     create_vault,
     keys_name,
     open_vault,
 )
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.root import ROOT, Root, encode_root
 from process_server.vault.store.memory import MemoryStore
 from tests.fakes.store import Fault, FaultyStore
