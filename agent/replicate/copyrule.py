@@ -10,6 +10,10 @@ Writes that went past the journal (bitmap mode, or while no tap ran) have no LSN
 may be compared and placed only behind every record from before them, since a record behind the copy would be
 laid over it: so healing and resync begin when all that was captured before is vaulted.
 
+Where continuity was lost the stream goes on behind a gap. Which extents were written in it nobody knows, so
+a copy from before it is no state of the disk that later records could lie over: copying begins again behind
+the gap, when all that was sent before it is vaulted.
+
 Pure: told what was sent, read and accepted, it says what the next MARK names. One object lives as long as one
 session of one volume.
 """
@@ -63,7 +67,8 @@ class CopyRule:
     Attributes:
         previous_cut: LSN of the last cut in the stream: where copies named next are placed.
         copy_end: Highest captured LSN after any copied read so far.
-        vaulted_lsn: LSN of the last cut that is vaulted.
+        vaulted_lsn: LSN up to which everything is vaulted that ever will be: of the last vaulted cut, or the
+            end of a gap behind it.
     """
 
     def __init__(self, previous_cut: int, copy_end: int = 0) -> None:
@@ -71,6 +76,7 @@ class CopyRule:
         self.copy_end = copy_end
         self.vaulted_lsn = previous_cut
         self._sent = previous_cut
+        self._gaps: deque[tuple[int, int]] = deque()
         self._tracked_from: int | None = None
         self._records: deque[tuple[_Lsns, _Lsns, _Lsns]] = deque()
         self._accepted: deque[AcceptedCopy] = deque()
@@ -119,11 +125,24 @@ class CopyRule:
             (ranged.astype(np.uint64) + np.uint64(first_lsn), starts, starts + rows["length"])
         )
 
-    def jump(self, lsn: int) -> None:
-        """The stream goes on behind ``lsn`` without the records up to it: a new incarnation begins there."""
-        if lsn > self._sent:
-            assert self._tracked_from is None
-            self._sent = self.previous_cut = self.vaulted_lsn = lsn
+    def jump(self, lsn: int) -> bool:
+        """The stream goes on behind ``lsn`` without the records up to it: a new incarnation begins there.
+
+        Returns:
+            False when copies from before the gap are under way or wait for their place. Nothing was changed
+            then: the stream must not go on in this session.
+        """
+        if lsn <= self._sent:
+            return True
+        if self._floors or self._accepted:
+            return False
+        if self._tracked_from is not None:
+            self._tracked_from = lsn
+            self._records.clear()
+        self._gaps.append((self._sent, lsn))
+        self._sent = self.previous_cut = lsn
+        self.vaulted(self.vaulted_lsn)
+        return True
 
     def reading(self, work: object, applied_lsn: int) -> None:
         """From now on reads of ``work`` may happen, none older than ``applied_lsn``."""
@@ -138,6 +157,10 @@ class CopyRule:
     def vaulted(self, lsn: int) -> None:
         """A cut at ``lsn`` is vaulted."""
         self.vaulted_lsn = max(self.vaulted_lsn, lsn)
+        # Of a gap nothing will come: once all before it is vaulted, so is all up to its end. Not earlier, or
+        # what is sent and not yet vaulted would lie over copies that are newer.
+        while self._gaps and self._gaps[0][0] <= self.vaulted_lsn:
+            self.vaulted_lsn = max(self.vaulted_lsn, self._gaps.popleft()[1])
 
     def seen(self, captured_lsn: int) -> None:
         """A read that counts (sent as COPY, or found SAME) ended while this was the captured LSN."""

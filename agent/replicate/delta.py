@@ -61,16 +61,20 @@ class Delta:
         items = self._journal.read(durable, DATA_BYTES_MAX) or self._journal.announce(durable)
         return list(frames(self.volume, items, resync))
 
-    def was_sent(self, frame: Frame) -> None:
-        """Enter ``frame`` into the books, before anything later is sent."""
+    def was_sent(self, frame: Frame) -> bool:
+        """Enter ``frame`` into the books, before anything later is sent.
+
+        Returns:
+            False when it must not be sent, see `CopyRule.jump`.
+        """
         message = frame.message
         if frame.started is not None:
             self.incarnation = frame.started
             id = frame.started.incarnation.id
             if id not in self.sent:
                 self.sent[id] = frame.started.first_lsn - 1
-                self.rule.jump(self.sent[id])
-            return
+                return self.rule.jump(self.sent[id])
+            return True
         assert isinstance(message, m.Data)
         assert self.incarnation is not None
         for first_lsn, records in frame.batches:
@@ -78,6 +82,7 @@ class Delta:
             self.records += len(records)
         self.sent[self.incarnation.incarnation.id] = message.last_lsn
         self.raw_bytes += len(frame.raw or b"")
+        return True
 
     @property
     def place(self) -> tuple[bytes, int]:

@@ -425,7 +425,10 @@ class Session:
         return bool(frames)
 
     async def _send_frame(self, stream: cuts.Stream, frame: Frame) -> None:
-        stream.delta.was_sent(frame)
+        if not stream.delta.was_sent(frame):
+            log.info("copying_overtaken", volume=self.replicas[stream.id].spec.name)
+            self.replicas[stream.id].safe.clear()
+            raise Restart("a gap in a journal met copies under way")
         for cut in frame.cuts:
             self._pending.add(cuts.served(cut))
         if frame.raw is None:

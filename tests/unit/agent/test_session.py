@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 
 from agent.capture.scan import ScanReplica
+from agent.journal.reader import IncarnationStart
 from agent.journal.state import DATA, StatePageWriter
 from agent.link import Server
+from agent.replicate.delta import Frame, start_message
 from agent.replicate.job import Job, whole_volume
 from agent.replicate.ports import Item, VolumeSpec
 from agent.replicate.replica import Replica
-from agent.replicate.session import Session
+from agent.replicate.session import Restart, Session
 from farshore.clock import SystemClock
 from farshore.errors import Unreachable
 from farshore.hrl.cut import Cut, CutVolume
+from farshore.hrl.segment import Incarnation
 from farshore.wire import messages as m
 
 VOLUME, INCARNATION = b"v" * 16, b"i" * 16
@@ -248,3 +251,31 @@ async def test_a_resync_is_not_over_by_what_was_copied_before_it(
         assert (stream.job, stream.resync, replica.resync) == (job, True, True)
     await ack(seqs[3])
     assert (stream.job, stream.resync, replica.resync) == (None, False, False)
+
+
+@pytest.mark.parametrize("reading", [False, True])
+async def test_a_gap_in_a_journal_ends_only_a_session_that_is_reading_the_disk(
+    parts: tuple[Session, Replica, NotingJournal, NotingTap], reading: bool
+) -> None:
+    session, replica, _, _ = parts
+    await session._open(replica)
+    stream = session.streams[VOLUME]
+    sent: list[m.Message] = []
+
+    async def send(message: m.Message) -> None:
+        sent.append(message)
+
+    session.link.send = send  # type: ignore[method-assign]
+    session.begin_job(stream, Job("resync", whole_volume(1 << 20), compare=True, after=0))
+    assert not reading or session.next_work(1) is not None
+    start = IncarnationStart(Incarnation(b"j" * 16, 2, INCARNATION, 3, bytes(32)), 21)
+    frame = Frame(start_message(VOLUME, start, resync=True), started=start)
+    if reading:
+        with pytest.raises(Restart, match="gap"):
+            await session._send_frame(stream, frame)
+        assert sent == []
+        return
+    await session._send_frame(stream, frame)
+    assert sent == [frame.message]
+    # What is applied is told as LSN 4 still: by the state page of the journal before the gap.
+    assert session.next_work(1) is None
