@@ -156,12 +156,16 @@ class VolumeImage:
         """Return what commits changed, and the header digest of the last one, None where it is not known."""
         parts: list[Rows] = []
         header = self._map.head.commit_header if self._map is not None else None
+        size = self._map.head.size_bytes if self._map is not None else None
         for change in _all_changes(chain, first, last, header):
             header = change.header_digest
-            found = change.of(self.volume)
-            if found is None or not len(found[1]):
+            found = change.over(self.volume, size)
+            if found is None:
                 continue
-            rows = found[1]
+            entry, rows = found
+            size = entry.size_bytes
+            if not len(rows):
+                continue
             if change.head.seq == last and lsn is not None:
                 rows = rows[rows["lsn"] <= lsn]
             rows = rows.copy()

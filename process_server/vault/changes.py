@@ -124,6 +124,22 @@ class Change:
             at += entry.extents
         return None
 
+    def over(self, volume: bytes, size_bytes: int | None) -> tuple[CommitVolume, Rows] | None:
+        """Return the entry of one volume and the rows to lay over its state before; None as with `of`.
+
+        Args:
+            size_bytes: Of the volume before, None when it is new. What it loses by becoming smaller is a row
+                of zeros in front: cut off at the end alone it would come back when the volume grows again.
+        """
+        found = self.of(volume)
+        if found is None or size_bytes is None or found[0].size_bytes >= size_bytes:
+            return found
+        entry, rows = found
+        lost = np.zeros(1, ROW_DTYPE)
+        lost["offset"], lost["length"] = entry.size_bytes, size_bytes - entry.size_bytes
+        lost["pack"] = ZEROS
+        return entry, np.concatenate((lost, rows))
+
 
 def read_change(store: Store, keys: VaultKeys, machine: bytes, seq: int) -> Change:
     """Return what commit ``seq`` did, by its head and extent table alone.

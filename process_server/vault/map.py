@@ -398,7 +398,7 @@ def build_map(
     header = previous_map.head.commit_header if previous_map is not None else None
     for change in read_changes(store, keys, machine, first, up_to_seq, before=header):
         header = change.header_digest
-        found = change.of(volume)
+        found = change.over(volume, at[1] if at is not None else None)
         if found is None:
             continue
         entry, rows = found
