@@ -4,8 +4,7 @@ It never names a pack whose PUT was not acknowledged, so a hit can go into a com
 travel inside commits are not in it: only their own commit may point into them.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from enum import Enum
+from collections.abc import Iterable, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -33,15 +32,6 @@ _U64: TypeAlias = npt.NDArray[np.uint64]
 _U32: TypeAlias = npt.NDArray[np.uint32]
 
 
-class Claim(Enum):
-    """What `DedupIndex.claim` says of a chunk that is not there."""
-
-    YOURS = "yours"
-    """You store it, then `DedupIndex.add` it, or `DedupIndex.release` it."""
-    TAKEN = "taken"
-    """Another worker is storing it: ask again later, or store it a second time."""
-
-
 class DedupIndex:
     """Chunk id to location, and which machine has sent what. One thread at a time.
 
@@ -60,7 +50,6 @@ class DedupIndex:
         self._sent: dict[bytes, _Table] = {}
         self._packs: list[bytes] = [b""]  # number 0 marks an empty slot
         self._pack_numbers: dict[bytes, int] = {}
-        self._claims: dict[bytes, Hashable] = {}
         self.refused_total = 0
         """Chunks not remembered because the index was full."""
 
@@ -83,27 +72,8 @@ class DedupIndex:
             for pack, index in zip(packs.tolist(), indexes.tolist(), strict=True)
         ]
 
-    def claim(self, ids: Sequence[bytes], owner: Hashable) -> list[Location | Claim]:
-        """Return where each chunk lies, or who is to store it: of several owners only one is told `YOURS`.
-
-        An owner that asks again is told `YOURS` again.
-        """
-        answers: list[Location | Claim] = []
-        for id, found in zip(ids, self.lookup(ids), strict=True):
-            if found is not None:
-                answers.append(found)
-            elif self._claims.setdefault(id[:ID_PREFIX_BYTES], owner) == owner:
-                answers.append(Claim.YOURS)
-            else:
-                answers.append(Claim.TAKEN)
-        return answers
-
-    def release(self, owner: Hashable) -> None:
-        """Drop all claims of an owner that will not store what it claimed."""
-        self._claims = {id: held_by for id, held_by in self._claims.items() if held_by != owner}
-
     def add(self, pack_id: bytes, ids: Sequence[bytes], machine_id: bytes | None = None) -> None:
-        """Remember a pack whose PUT was acknowledged; its chunks' claims end.
+        """Remember a pack whose PUT was acknowledged.
 
         A chunk that is known already keeps its first place.
 
@@ -112,8 +82,6 @@ class DedupIndex:
             ids: All its chunk ids, in order.
             machine_id: Who sent them; None if that is not known.
         """
-        for id in ids:
-            self._claims.pop(id[:ID_PREFIX_BYTES], None)
         if not ids:
             return
         room = self._entries_max - self._table.count
@@ -304,7 +272,7 @@ class _Table:
 
 def _keys(ids: Sequence[bytes]) -> _U64:
     """Return the first 16 bytes of each id as two numbers, (n, 2); the first never 0: a free slot."""
-    keys = np.frombuffer(b"".join(ids), np.uint64).reshape(len(ids), 4)[:, :2].copy()
+    keys = np.frombuffer(b"".join(ids), np.uint64).reshape(len(ids), 4)[:, : ID_PREFIX_BYTES // 8].copy()
     keys[keys[:, 0] == 0, 0] = 1
     return keys
 

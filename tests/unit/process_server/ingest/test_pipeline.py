@@ -3,15 +3,21 @@
 import random
 
 import msgspec
+import numpy as np
 import pytest
 import zstandard
 from blake3 import blake3
 
+from farshore.clock import SystemClock
 from farshore.hrl.batch import RECORD, WRITE, RunningDigest, encode_head, padded
 from farshore.wire import messages as m
+from process_server.ingest import ipc
+from process_server.ingest.known import KnownChunks
 from process_server.ingest.pipeline import SessionPipeline
 from process_server.ingest.stream import Refused
+from process_server.vault.dedup import DedupIndex
 from process_server.vault.keys import VaultKeys
+from process_server.vault.store.memory import MemoryStore
 from tests.harness.copies import copied, plaintext
 
 KEYS = VaultKeys(b"v" * 16, 1, b"m" * 32)
@@ -126,3 +132,31 @@ def test_other_records_under_the_same_lsn_are_no_repeat() -> None:
         send(here, other, 1)
     assert refused.value.code == "conflict"
     assert here.streams[VOLUME].lsn == 2
+
+
+def test_a_chunk_that_two_bring_at_once_is_stored_by_both_and_later_by_none() -> None:
+    """An answer names a pack only when it is stored: nobody's commit waits for another session's pack."""
+    known = KnownChunks(MemoryStore(), KEYS, SystemClock(), DedupIndex())
+    chunk, frame = copied(0, random.Random(3).randbytes(BLOCK), compress=True)
+
+    def bring(here: SessionPipeline) -> tuple[bytes, ...]:
+        checked = here.check_copy(m.Copy(1, VOLUME, 0, (chunk,)), memoryview(frame))
+        ids = b"".join(checked.ids[number] for number in checked.ask)
+        rows = np.frombuffer(known.locate(here.machine, ids, own=False), ipc.FOUND_DTYPE)
+        found = [(bytes(row["pack"]), int(row["chunk"])) if row["found"] else None for row in rows]
+        return here.finish(checked, found).packs
+
+    one, two, three = pipeline(), pipeline(), pipeline()
+    (first,), (second,) = bring(one), bring(two)
+    assert first in one.unstored
+    assert second in two.unstored
+    assert first != second
+    for here, pack in ((two, second), (one, first)):
+        here.seal()
+        (sealed,) = here.sealed
+        assert sealed.id == pack
+        known.add(pack, b"".join(sealed.ids), here.machine)
+        here.stored(pack)
+        sealed.release()
+    assert bring(three) == (second,)
+    assert not three.unstored

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from process_server.vault import dedup as module
-from process_server.vault.dedup import Claim, DedupIndex
+from process_server.vault.dedup import DedupIndex
 from process_server.vault.keys import VaultKeys
 from process_server.vault.pack import PackBuilder, PackReader, pack_name
 from process_server.vault.store.memory import MemoryStore
@@ -56,23 +56,6 @@ def test_crowded_buckets_and_ids_that_begin_with_zeros() -> None:
     assert not any(index.lookup(absent))
 
 
-def test_only_one_is_told_to_store_a_chunk() -> None:
-    index = DedupIndex()
-    assert index.claim([id_of(1), id_of(2)], "a") == [Claim.YOURS, Claim.YOURS]
-    assert index.claim([id_of(2), id_of(3)], "b") == [Claim.TAKEN, Claim.YOURS]
-    assert index.claim([id_of(1)], "a") == [Claim.YOURS]
-    index.add(pack(1), [id_of(1), id_of(2)])
-    assert index.claim([id_of(2)], "b") == [(pack(1), 1)]
-    index.release("b")
-    assert index.claim([id_of(3)], "a") == [Claim.YOURS]
-
-
-def test_a_claim_is_no_hit() -> None:
-    index = DedupIndex()
-    index.claim([id_of(1)], "a")
-    assert index.lookup([id_of(1)]) == [None]
-
-
 def test_a_machine_learns_only_of_what_it_sent() -> None:
     index = DedupIndex()
     index.add(pack(1), [id_of(1), id_of(2)], M1)
@@ -107,7 +90,7 @@ def test_nothing_asked_nothing_answered() -> None:
     index = DedupIndex()
     index.add(pack(1), [], M1)
     index.note(M1, [])
-    assert (index.lookup([]), index.have(M1, []), index.claim([], "a")) == ([], [], [])
+    assert (index.lookup([]), index.have(M1, [])) == ([], [])
 
 
 def test_it_is_rebuilt_from_packs_and_names_the_bad_ones() -> None:
