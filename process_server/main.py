@@ -193,9 +193,9 @@ class _Services:
 
         return await asyncio.to_thread(read)
 
-    async def create_point(self, machine: str, tag: str, timeout_s: float) -> str:
+    async def create_point(self, machine: str, tag: str, timeout_s: float, *, allow_fuzzy: bool) -> str:
         try:
-            return await self._server.create_point(machine, tag, timeout_s)
+            return await self._server.create_point(machine, tag, timeout_s, allow_fuzzy=allow_fuzzy)
         except NotFound:
             if any(entry["name"] == machine for entry in self._identity.machines()):
                 raise Unreachable("the agent has not connected yet", where=machine) from None

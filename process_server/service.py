@@ -208,9 +208,12 @@ class ProcessServer:
         if machine is not None and machine.session is not None:
             self._sessions.end_session(machine.session, "denied", "this machine is denied")
 
-    async def create_point(self, machine: str, tag: str, timeout_s: float) -> str:
+    async def create_point(
+        self, machine: str, tag: str, timeout_s: float, *, allow_fuzzy: bool = False
+    ) -> str:
         """Have the machine's agent cut a point. Raises NotFound, and as `Commands.create_point`."""
-        return await self._commands.create_point(self._machines.named(machine), tag, timeout_s)
+        found = self._machines.named(machine)
+        return await self._commands.create_point(found, tag, timeout_s, allow_fuzzy=allow_fuzzy)
 
     # --- connections ---
 

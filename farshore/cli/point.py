@@ -48,15 +48,28 @@ def list_command(
     "--wait", type=click.Choice(["vaulted"]), default="vaulted", help="Return when it is; the default."
 )
 @click.option("--timeout", default="60s", metavar="DURATION", help="Give up waiting after this; default 60s.")
+@click.option(
+    "--allow-fuzzy",
+    is_flag=True,
+    help="Be content with a point that is fuzzy: print it and end with 0. Without this it is made, too, but"
+    " the command ends with 6.",
+)
 @client_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def create_command(
-    machine: str, tag: str, wait: str, timeout: str, client_file: Path | None, as_json: bool
+    machine: str,
+    tag: str,
+    wait: str,
+    timeout: str,
+    allow_fuzzy: bool,
+    client_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Mark this moment of MACHINE's volumes as a recovery point.
 
     A disk that is scanned is read as a whole first, by a pass that begins now: give a --timeout that is long
-    enough. When it is not, the point comes all the same, later than this command waits for it.
+    enough. When it is not, the point comes all the same, later than this command waits for it. Of a disk that
+    is scanned while others may write to it every point is fuzzy: say --allow-fuzzy.
     """
     try:
         timeout_s = parse_duration(timeout)
@@ -66,11 +79,14 @@ def create_command(
         raise UsageError("not a time to wait", where=timeout, fix="give a --timeout up to 24h")
     if not 0 < len(tag) <= 200:
         raise UsageError("not a tag", fix="use 1 to 200 characters")
+    body: dict[str, object] = {"tag": tag, "timeout_seconds": timeout_s}
+    if allow_fuzzy:  # a server from before it was known refuses the key
+        body["allow_fuzzy"] = True
     made = open_client(client_file).post(
         "machines",
         machine,
         "points",
-        body={"tag": tag, "timeout_seconds": timeout_s},
+        body=body,
         timeout_s=timeout_s + 15,
     )
     print(json.dumps({"point": made["point"]}) if as_json else made["point"])

@@ -81,7 +81,7 @@ class Services(Protocol):
 
     async def points(self, machine: str) -> list[dict[str, object]]: ...
 
-    async def create_point(self, machine: str, tag: str, timeout_s: float) -> str: ...
+    async def create_point(self, machine: str, tag: str, timeout_s: float, *, allow_fuzzy: bool) -> str: ...
 
 
 class TokenRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,6 +92,7 @@ class TokenRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PointRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tag: Annotated[str, Meta(min_length=1, max_length=TAG_CHARS_MAX)]
     timeout_seconds: Annotated[float, Meta(gt=0, le=WAIT_S_MAX)] = 60.0
+    allow_fuzzy: bool = False
 
 
 def hash_token(token: str) -> str:
@@ -137,7 +138,10 @@ def make_app(
 
     async def create_point(request: Request) -> Response:
         asked = await read_body(request, PointRequest)
-        point = await services.create_point(request.path_params["machine"], asked.tag, asked.timeout_seconds)
+        machine = request.path_params["machine"]
+        point = await services.create_point(
+            machine, asked.tag, asked.timeout_seconds, allow_fuzzy=asked.allow_fuzzy
+        )
         return JSONResponse({"point": point}, 201)
 
     base = "/api/v1"

@@ -28,13 +28,18 @@ class Commands:
             if owner is session and not future.done():
                 future.set_result(m.Result(0, False, "the session ended"))
 
-    async def create_point(self, machine: Machine, tag: str, timeout_s: float) -> str:
+    async def create_point(
+        self, machine: Machine, tag: str, timeout_s: float, *, allow_fuzzy: bool = False
+    ) -> str:
         """Have the agent cut a point that carries ``tag``; return its id once it is vaulted.
+
+        Args:
+            allow_fuzzy: A fuzzy point will do, as always where a disk in use is scanned.
 
         Raises:
             Unreachable: The agent is not connected.
             Failed: Not vaulted in time; it may still be later.
-            Conflict: The point would be, or is, fuzzy (the machine is not fully protected at the moment).
+            Conflict: The agent cannot make one now; or it is made and fuzzy, and that was not allowed.
         """
         session = _connected(machine)
         try:
@@ -53,13 +58,14 @@ class Commands:
             ) from None
         if outcome is None:
             raise Failed("the point was not vaulted", where=machine.name, why=session.ended)
-        if outcome.consistency == "fuzzy":
+        if outcome.consistency == "fuzzy" and not allow_fuzzy:
             raise Conflict(
                 "the point is fuzzy",
                 where=outcome.point,
                 why="the machine is not fully protected at the moment, or a disk in use is scanned",
-                fix="wait until `farshore status` shows it protected; of this point, recover takes any volume"
-                " that is not fuzzy with --volume, all with --allow-fuzzy",
+                fix="wait until `farshore status` shows it protected, or be content with --allow-fuzzy;"
+                " of this point, recover takes any volume that is not fuzzy with --volume,"
+                " all with --allow-fuzzy",
             )
         return outcome.point
 

@@ -162,6 +162,9 @@ def test_a_disk_in_use_gives_fuzzy_points_which_nobody_is_offered(site: Site) ->
         run("recover", "db1", "--point", point, "--volume", "root", "--to", out, *vault, code=6)
     assert recovered(site, "latest", "--allow-fuzzy") == content
     site.cli("point", "create", "db1", "--tag", "x", "--wait", "vaulted", code=6)
+    made = site.json("point", "create", "db1", "--tag", "y", "--wait", "vaulted", "--allow-fuzzy")
+    found = point_of(site, made["point"])
+    assert (found["tag"], found["consistency"]) == ("y", "fuzzy")
 
     def told() -> bool:
         (machine,) = site.json("status")["machines"]

@@ -345,6 +345,14 @@ async def test_a_point_is_made_on_request_and_status_tells_the_age(tmp_path: Pat
             group.create_task(answer(fuzzy=True))
             with pytest.raises(Conflict):
                 await server.create_point("host-1", "half", 20)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(answer(fuzzy=True))
+            point = await server.create_point("host-1", "content with half", 20, allow_fuzzy=True)
+        assert point.endswith(f"-{site.commits()[-1].head.seq}")
+        assert (site.commits()[-1].head.tag, site.commits()[-1].head.consistency) == (
+            "content with half",
+            "fuzzy",
+        )
         with pytest.raises(Failed):
             await server.create_point("host-1", "never", 0.2)
         machine = server.status()["machines"][0]  # type: ignore[index]

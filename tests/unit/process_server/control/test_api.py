@@ -73,8 +73,8 @@ class FakeServices:
         self._did("points", machine)
         return [{"id": "rp-1"}]
 
-    async def create_point(self, machine: str, tag: str, timeout_s: float) -> str:
-        self._did("point", machine, tag, timeout_s)
+    async def create_point(self, machine: str, tag: str, timeout_s: float, *, allow_fuzzy: bool) -> str:
+        self._did("point", machine, tag, timeout_s, *(("fuzzy",) if allow_fuzzy else ()))
         return "rp-2"
 
 
@@ -133,12 +133,15 @@ async def test_what_the_command_line_asks_is_answered(site: Site) -> None:
     assert await asyncio.to_thread(client.get, "machines", "db1", "points") == [{"id": "rp-1"}]
     point = await asyncio.to_thread(client.post, "machines", "db1", "points", body={"tag": "x"})
     assert point == {"point": "rp-2"}
+    body: dict[str, object] = {"tag": "y", "timeout_seconds": 5, "allow_fuzzy": True}
+    assert await asyncio.to_thread(client.post, "machines", "db1", "points", body=body) == {"point": "rp-2"}
     assert site.services.asked == [
         ("status",),
         ("token", "db1", 60.0),
         ("revoke", "db1"),
         ("points", "db1"),
         ("point", "db1", "x", 60.0),
+        ("point", "db1", "y", 5.0, "fuzzy"),
     ]
 
 
