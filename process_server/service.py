@@ -309,6 +309,7 @@ class ProcessServer:
             case m.VolumeAdd():
                 await self._volume_add(peer, session, message)
             case m.VolumeRemove():
+                self._machine(session).remove_volume(message.id)
                 if session.volumes.pop(message.id, None) is not None:
                     self._sessions.tell_workers(session, ipc.Volume(session.id, message.id, 0))
             case m.Result():
@@ -340,6 +341,7 @@ class ProcessServer:
         session.cut_seq = 0
         for volume in hello.volumes:
             session.add_volume(volume, machine.position(volume.id))
+        machine.protects(session.volumes, hello.protected)
         machine.name, machine.denied = hello.machine, False
         machine.connected_at = self._clock.monotonic()
         self._sessions.begin(session, machine, peer)
@@ -371,6 +373,7 @@ class ProcessServer:
     async def _volume_add(self, peer: Peer, session: Session, message: m.VolumeAdd) -> None:
         machine = self._machine(session)
         stream = session.add_volume(message.volume, machine.position(message.volume.id))
+        machine.add_volume(stream.id)
         self._sessions.tell_workers(session, ipc.Volume(session.id, stream.id, stream.size_bytes))
         position = machine.position(stream.id) or empty_position(stream.id, empty=not machine.head.seq)
         peer.send(m.VolumeAdded(position))
@@ -404,6 +407,8 @@ class ProcessServer:
             if stream is not None:
                 session.status[volume.id] = volume
                 stream.state, stream.capture_mode = volume.state[:32], volume.capture_mode[:32]
+                if stream.state != "failed":
+                    stream.problem = ""
 
     def _machine(self, session: Session) -> Machine:
         machine = self._machines.get(session.machine)

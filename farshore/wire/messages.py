@@ -54,6 +54,9 @@ class VolumeHello(Message, frozen=True):
     """A volume as the agent has it; ``state`` and ``capture_mode`` as ``volume list`` prints them.
 
     ``capture_mode`` is ``data``, ``bitmap``, or ``scan``: nobody watches, all of it is compared now and then.
+
+    Attributes:
+        problem: Why it is ``failed``, for people; empty where nothing is known.
     """
 
     id: VolumeId
@@ -62,10 +65,18 @@ class VolumeHello(Message, frozen=True):
     sector_bytes: int
     state: str
     capture_mode: str
+    problem: str = ""
 
 
 class Hello(Message, frozen=True):
-    """Agent, first frame of a control connection."""
+    """Agent, first frame of a control connection.
+
+    Attributes:
+        volumes: Those that can be introduced now.
+        protected: Ids of all that the machine protects. What the vault has beyond them was unprotected, while
+            nobody listened; what is here and not among ``volumes`` is still to come. None: an agent from
+            before this field, of which neither is known.
+    """
 
     protocol: int
     machine_id: bytes
@@ -73,6 +84,7 @@ class Hello(Message, frozen=True):
     agent_version: str
     epoch_seen: int
     volumes: tuple[VolumeHello, ...]
+    protected: tuple[VolumeId, ...] | None = None
 
 
 class VolumePosition(Message, frozen=True):

@@ -8,7 +8,7 @@ all the same; the next WELCOME comes after it.
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -147,6 +147,7 @@ class Machine:
         self._last_commit = -1e9
         self._idle_since_ns: int | None = None
         self._generation = generation
+        self._removed: set[bytes] = set()
         self._note_rpo()
 
     async def own(self, epoch_seen: int) -> None:
@@ -198,6 +199,43 @@ class Machine:
             empty=False,
         )
 
+    def protects(self, named: Collection[bytes], protected: Collection[bytes] | None) -> None:
+        """HELLO came: what else the vault has of this machine is protected no more.
+
+        Args:
+            named: Volumes that it introduced.
+            protected: All that it protects; None: it did not say, so nothing is given up.
+        """
+        if protected is not None:
+            self._removed |= self.head.volumes.keys() - set(protected)
+        self._removed -= set(named)
+
+    def add_volume(self, volume: bytes) -> None:
+        """A volume is protected, from now on or again."""
+        self._removed.discard(volume)
+
+    def remove_volume(self, volume: bytes) -> None:
+        """A volume is protected no more: cuts from here on are whole without it."""
+        if volume in self.head.volumes or volume in self._queued():
+            self._removed.add(volume)
+
+    def kept(self, named: Mapping[bytes, str]) -> list[CommitVolume]:
+        """Return the volumes that a cut over others leaves out though they are protected.
+
+        A point of a machine has all its volumes, and the newest commit alone says where each stands: left
+        out, a volume would be missing in every recovery from here on, and be compared as a whole when it is
+        back. So it stays where it was, fuzzy, since beside newer states of the others that never was so.
+
+        Args:
+            named: Ids and names of the cut's volumes. A name that another volume has now was given up.
+        """
+        names = set(named.values())
+        return [
+            msgspec.structs.replace(entry, fuzzy=True, extents=0)
+            for id, entry in self.head.volumes.items()
+            if id not in named and id not in self._removed and entry.name not in names
+        ]
+
     def add(self, cut: Cut) -> None:
         """Queue a cut for its commit."""
         self.cuts.append(cut)
@@ -209,6 +247,9 @@ class Machine:
 
     def waiting(self) -> list[Cut]:
         return [*self._committing, *self.cuts]
+
+    def _queued(self) -> set[bytes]:
+        return {volume.volume for cut in self.waiting() for volume in cut.volumes}
 
     async def settled(self) -> None:
         """Wait until no cut waits: then the head is all that a new session can build on."""
@@ -296,6 +337,12 @@ class Machine:
             volumes = stream.merge(volumes, cut.volumes)
         entries = [_entry(cut) for cut in volumes]
         consistency = stream.consistency(volumes)
+        if kept := self.kept({entry.id: entry.name for entry in entries}):
+            if not all(self.head.volumes[entry.id].fuzzy for entry in kept):
+                names = [entry.name for entry in kept]
+                log.warning("volumes_left_out", machine=self.name, volumes=names)
+            entries += kept
+            consistency = "fuzzy"
         if last.tag is None and not any(cut.rows() for cut in volumes) and self._same(entries):
             self._idle_since_ns = last.time_ns
             self._finished(group, Committed(self.head.seq, self._point(), self.head.consistency, new=False))
@@ -317,6 +364,7 @@ class Machine:
         self._idle_since_ns = None
         self._last_commit = self._clock.monotonic()
         self.head = Head(head.seq, head.time_ns, {volume.id: volume for volume in head.volumes})
+        self._removed &= self.head.volumes.keys() | self._queued()
         self._finished(group, Committed(head.seq, self._point(), consistency, new=True))
         await self._committed(self, head, tables)
 
@@ -433,11 +481,18 @@ class Machine:
         states: list[str] = []
         late: list[tuple[str, float, float]] = []
         fuzzy: list[str] = []
-        for id in list(session.volumes if session is not None else self.head.volumes):
+        failed: list[tuple[str, str]] = []
+        ids = list(session.volumes if session is not None else self.head.volumes)
+        left_out: list[CommitVolume] = []
+        if session is not None:
+            left_out = self.kept({id: session.volumes[id].name for id in ids})
+        for id in [*ids, *(entry.id for entry in left_out)]:
             entry = self.head.volumes.get(id)
             stream = session.volumes.get(id) if session is not None else None
             status = session.status.get(id) if session is not None else None
             states.append(stream.state if stream is not None else "unknown")
+            if stream is not None and stream.state == "failed":
+                failed.append((stream.name, stream.problem))
             volume_rpo_s = self.rpo.volume_rpo_s(id, now)
             volume_target_s = usual_s
             if stream is not None and stream.capture_mode == "scan":
@@ -473,6 +528,8 @@ class Machine:
             rpo_s=rpo_s,
             target_s=target_s,
             has_point=self.head.consistency == "crash",
+            failed=failed,
+            left_out=[entry.name for entry in left_out],
             late=late,
             scanned_fuzzy=fuzzy,
         )
@@ -547,6 +604,8 @@ def judge(
     rpo_s: float | None,
     target_s: float,
     has_point: bool,
+    failed: Sequence[tuple[str, str]] = (),
+    left_out: Sequence[str] = (),
     late: Sequence[tuple[str, float, float]] = (),
     scanned_fuzzy: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
@@ -554,6 +613,8 @@ def judge(
 
     Args:
         rpo_s, target_s: Of a state of all volumes.
+        failed: Volumes that failed: name, and why as far as the agent said.
+        left_out: Volumes that are protected and that the agent does not send.
         late: Volumes whose own newest state is older than their target: name, age, target in seconds.
         scanned_fuzzy: Volumes that are scanned while others may write to them.
     """
@@ -564,10 +625,14 @@ def judge(
         critical.append("another server owns the machine's chain")
     if not connected:
         critical.append("the agent is not connected")
+    critical += [f"volume {name} failed{f': {why}' if why else ''}" for name, why in failed]
+    warning += [
+        f"volume {name} is protected and the agent does not send it: it stays where it was, and points are"
+        " fuzzy; look at the agent's log, or let it go with farshore volume unprotect"
+        for name in left_out
+    ]
     for state in sorted(set(states)):
-        if state == "failed":
-            critical.append("a volume failed")
-        elif state in ("resync-required", "degraded", "paused"):
+        if state in ("resync-required", "degraded", "paused"):
             warning.append(f"a volume is {state}")
         elif state in ("resync", "initial-replication"):
             warning.append(f"{state} is running; points are fuzzy until it is complete")

@@ -27,6 +27,8 @@ TOKENS_MAX: Final = 65536
 """COPYs accepted and not yet named by a MARK; 64 GiB of 1 MiB blocks."""
 ROW_BYTES_MAX: Final = 48 * 1024 * 1024
 """Rows that wait for a commit; 1 million writes. Beyond it the session ends rather than the server."""
+PROBLEM_MAX: Final = 300
+"""Characters of what an agent says of a volume that are kept and shown."""
 
 
 class Link(Protocol):
@@ -104,6 +106,7 @@ class Session:
         here = self.volumes.get(hello.id)
         if here is not None:
             here.name, here.state, here.capture_mode = hello.name, hello.state, hello.capture_mode
+            here.problem = one_line(hello.problem)
             if not here.rows:
                 here.size_bytes = hello.size_bytes
             return here
@@ -126,6 +129,7 @@ class Session:
             copied=copied,
             copy_end=copy_end,
             resync=not copied,
+            problem=one_line(hello.problem),
         )
         self.volumes[hello.id] = stream
         return stream
@@ -242,3 +246,8 @@ class Session:
         self.packs.adopt(rows, packs)
         self.unstored.update(fresh)
         return rows
+
+
+def one_line(text: str) -> str:
+    """Return an agent's words as they may be shown: bounded, and nothing in them that moves a cursor."""
+    return "".join(char if char.isprintable() else " " for char in text[:PROBLEM_MAX])

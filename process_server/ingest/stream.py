@@ -114,6 +114,7 @@ class VolumeStream:
         received: Position after the last record that arrived.
         cut: Position of the last cut; ``rows`` holds what lies between the two.
         copied, copy_end: As of the last cut.
+        problem: Why it is ``failed``, in the agent's words; empty where it did not say.
     """
 
     id: bytes
@@ -129,6 +130,7 @@ class VolumeStream:
     resync: bool = False
     rows: deque[tuple[int, Rows]] = field(default_factory=deque)
     ends: dict[tuple[bytes, int], tuple[int, bytes, int]] = field(default_factory=dict)
+    problem: str = ""
 
     def start(self, machine: bytes, message: m.IncarnationStart) -> bytes:
         """Take INCARNATION-START; return the key that the incarnation's batches are chained under.

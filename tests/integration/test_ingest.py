@@ -81,6 +81,48 @@ async def test_an_idle_mark_is_acknowledged_without_a_commit(tmp_path: Path) -> 
     assert site.commits()[-1].head.idle_since_ns is not None
 
 
+async def test_a_volume_that_an_agent_does_not_introduce_stays_in_every_point_until_it_is_removed(
+    tmp_path: Path,
+) -> None:
+    """As an agent that cannot open a disk does: left out, the volume would be missing in a recovery."""
+    site = Site.make(tmp_path)
+    data, more = Agent(site), Agent(site)
+
+    async def session(*protected: bytes) -> Wire:
+        wire = await Wire.connect(server.address, site.context())
+        volume = msgspec.structs.replace(more.hello().volumes[0], name="more")
+        hello = msgspec.structs.replace(more.hello(), volumes=(volume,), protected=protected or None)
+        await wire.send(hello)
+        await wire.expect(m.Welcome)
+        await wire.send(more.start())
+        return wire
+
+    async def written(wire: Wire, text: bytes) -> m.Ack:
+        more.write([(4096, text * 4096)])
+        await wire.send(*more.data())
+        return await more.vaulted(wire, more.mark())
+
+    async with site.server(workers=1) as server:
+        wire, _ = await data.connect(server.address)
+        await wire.send(data.start())
+        data.write([(0, b"d" * 4096)])
+        await wire.send(*data.data())
+        assert (await data.vaulted(wire, data.mark())).consistency == "crash"
+        for protected in ((), (more.volume, data.volume)):
+            wire, more.cut_seq = await session(*protected), 0
+            assert (await written(wire, b"m")).consistency == "fuzzy"
+            kept = site.commits()[-1].volume(data.volume)
+            assert kept is not None
+            assert (kept.lsn, kept.fuzzy, kept.copied) == (data.lsn, True, True)
+        wire, welcome = await data.connect(server.address)
+        assert (welcome.volumes[0].lsn, welcome.volumes[0].copied) == (data.lsn, True)
+        wire, more.cut_seq = await session(), 0
+        await wire.send(m.VolumeRemove(data.volume))
+        assert (await written(wire, b"n")).consistency == "crash"
+        assert site.commits()[-1].volume(data.volume) is None
+    assert site.image(data.volume) == data.disk
+
+
 @pytest.mark.parametrize(("changes", "code"), [({"first_lsn": 7}, "gap"), ({"ordinal": 1}, "conflict")])
 async def test_an_incarnation_that_does_not_continue_is_refused_with_the_volume_that_needs_a_resync(
     tmp_path: Path, changes: dict[str, int], code: str

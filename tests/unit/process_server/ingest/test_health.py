@@ -10,6 +10,7 @@ def judged(
     has_point: bool = True,
     late: tuple[tuple[str, float, float], ...] = (),
     fuzzy: tuple[str, ...] = (),
+    failed: tuple[tuple[str, str], ...] = (),
 ) -> tuple[str, list[str]]:
     return judge(
         connected=True,
@@ -21,7 +22,14 @@ def judged(
         has_point=has_point,
         late=late,
         scanned_fuzzy=fuzzy,
+        failed=failed,
     )
+
+
+def test_a_volume_that_failed_is_named_with_its_reason() -> None:
+    health, reasons = judged(failed=(("data", "there is no such disk: /dev/sdb"), ("more", "")))
+    assert health == "critical"
+    assert reasons == ["volume data failed: there is no such disk: /dev/sdb", "volume more failed"]
 
 
 def test_a_scanned_disk_as_old_as_its_timetable_is_well() -> None:

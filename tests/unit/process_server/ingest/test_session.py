@@ -88,3 +88,14 @@ def test_a_cut_beyond_what_came_is_a_gap() -> None:
         here.mark(mark(1, one=3), 0, 0.0)
     assert refused.value.code == "gap"
     here.mark(mark(1, one=2), 0, 0.0)
+
+
+def test_what_an_agent_says_of_a_volume_is_bounded_and_moves_no_cursor() -> None:
+    here = session(ONE)
+    said = "\x1b[2J there is\nno such disk" + "x" * 10_000
+    for hello_again in (False, True):
+        volume = TWO if hello_again else ONE
+        hello = m.VolumeHello(volume, f"v{volume[0]}", 1 << 20, 512, "failed", "bitmap", said)
+        problem = here.add_volume(hello, None).problem
+        assert problem.startswith(" [2J there is no such disk")
+        assert len(problem) <= 300
