@@ -28,7 +28,15 @@ from agent.replicate.ports import DirtyRegions
 from agent.replicate.replica import Replica
 from agent.replicate.replicator import Replicator
 from agent.supervise import TapKeeper
-from agent.volume_admin import FUZZY_NOTE, entry, other_volumes, replica_of, unknown_mode
+from agent.volume_admin import (
+    FUZZY_NOTE,
+    entry,
+    known_replica,
+    other_volumes,
+    replica_of,
+    spec_of,
+    unknown_mode,
+)
 from agent.volumes import VolumeConfig
 from farshore.clock import Clock
 from farshore.errors import Conflict, FarshoreError, NotFound, Unreachable, UsageError
@@ -59,6 +67,16 @@ class Protected:
     held: int | None = None
     device: str | None = None
     problem: str = ""
+
+    @property
+    def served(self) -> bool:
+        """It is replicated, and its tap, if it has one, serves it."""
+        return self.replica is not None and self.replica.served
+
+    @property
+    def coming(self) -> bool:
+        """Nobody has said yet whether it can be served."""
+        return not self.served and not self.problem
 
     def release(self) -> None:
         if self.held is not None:
@@ -120,7 +138,9 @@ class Service:
         self._keeper = TapKeeper(directory, self._tap_is_up, self._metrics.tap_restarted)
         tap = TapPort(self._keeper, self._name_of)
         engines = Engines(tap, self._replicas, clock)
-        self._replicator = Replicator(directory, config, engines, self._metrics, random.Random())
+        self._replicator = Replicator(
+            directory, config, engines, self._metrics, random.Random(), protected=self._ids
+        )
         self._renewal = Renewal(directory, config, clock, renewed=self._replicator.renew)
         expiry = Gauge(
             "farshore_certificate_expiry_timestamp_seconds",
@@ -140,6 +160,7 @@ class Service:
         """
         for config in other_volumes(self._directory):
             self._volumes[config.name] = Protected(config)
+        await self._expect_known()
         if self._tapped():
             self._keeper.want()
         await self._serve_scans()
@@ -183,7 +204,7 @@ class Service:
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline and not stopping.is_set():
             if all(
-                volume.problem or (volume.replica and (volume.device or not volume.config.attach))
+                volume.problem or (volume.served and (volume.device or not volume.config.attach))
                 for volume in self._volumes.values()
             ):
                 return
@@ -191,9 +212,11 @@ class Service:
 
     def healthz(self) -> tuple[bool, dict[str, object]]:
         """For ``/healthz``, in a thread: healthy is connected, every volume protected or on its way."""
-        states = {volume.config.name: self._state(volume) for volume in list(self._volumes.values())}
-        bad = {"failed", "resync-required", "degraded"}
-        healthy = self._replicator.connected and not bad & set(states.values())
+        volumes = list(self._volumes.values())
+        states = {volume.config.name: self._state(volume) for volume in volumes}
+        coming = {volume.config.name for volume in volumes if volume.coming}
+        bad = {name for name, state in states.items() if state in ("failed", "resync-required", "degraded")}
+        healthy = self._replicator.connected and not bad - coming
         return healthy, {
             "connected": self._replicator.connected,
             "reason": self._replicator.reason,
@@ -204,6 +227,9 @@ class Service:
 
     def _replicas(self) -> list[Replica]:
         return [volume.replica for volume in list(self._volumes.values()) if volume.replica is not None]
+
+    def _ids(self) -> list[bytes]:
+        return [volume.config.id_bytes for volume in self._volumes.values()]
 
     def _name_of(self, id: bytes) -> str:
         for volume in self._volumes.values():
@@ -219,11 +245,24 @@ class Service:
     def _coming(self) -> bool:
         """A volume of the tap is still being opened; one that does not come is not waited for for ever."""
         late = self._clock.monotonic() > self._late_s
-        return not late and any(not volume.replica and not volume.problem for volume in self._tapped())
+        return not late and any(volume.coming for volume in self._tapped())
+
+    async def _expect_known(self) -> None:
+        """Introduce what was replicated before: it is in every cut, whether or not it can be served now."""
+        until_s = time.monotonic() + READY_S
+        for volume in self._tapped():
+            volume.replica = await asyncio.to_thread(known_replica, self._directory, volume.config)
+            if volume.replica is not None:
+                volume.replica.expect(until_s)
+                await self._replicator.add(volume.replica)
 
     async def _tap_is_up(self) -> None:
         """Have every volume served by the tap that just answered, and hold its disk with it."""
         async with self._changing:
+            for volume in self._tapped():
+                if volume.coming and volume.replica is not None:
+                    # However long the tap took: one after another they are all there in a moment.
+                    volume.replica.expect(time.monotonic() + READY_S)
             for volume in self._tapped():
                 await self._serve(volume)
         await self._serve_scans()
@@ -243,7 +282,7 @@ class Service:
             await asyncio.sleep(LOOK_S)
             async with self._changing:
                 for volume in self._tapped():
-                    if volume.problem or volume.replica is None:
+                    if volume.problem or not volume.served:
                         with contextlib.suppress(Unreachable):
                             _ = self._keeper.client
                             await self._serve(volume)
@@ -255,12 +294,7 @@ class Service:
         try:
             if not config.scanned:
                 await self._serve_by_tap(volume)
-            if volume.replica is None:
-                replica = await asyncio.to_thread(replica_of, self._directory, config, self._clock)
-                if not config.scanned:
-                    replica.state()
-                volume.replica = replica
-                await self._replicator.add(replica)
+            await self._take_on(volume)
             if config.attach:
                 volume.device = await asyncio.to_thread(
                     attach.attach,
@@ -278,16 +312,40 @@ class Service:
                 log.info("volume_served_again", volume=config.name)
             volume.problem = ""
 
+    async def _take_on(self, volume: Protected) -> None:
+        """Replicate a volume that is served, from now on or again."""
+        config, replica = volume.config, volume.replica
+        if replica is None:
+            replica = await asyncio.to_thread(replica_of, self._directory, config, self._clock)
+            if not config.scanned:
+                replica.state()
+            volume.replica = replica
+            await self._replicator.add(replica)
+        elif not replica.served:
+            spec = await asyncio.to_thread(spec_of, self._directory, config)
+            if spec != replica.spec:
+                # Before its first record: the places in the stream are those of a volume of the new size.
+                replica.spec = spec
+                await self._replicator.add(replica)
+            replica.found()
+
     async def _serve_by_tap(self, volume: Protected) -> None:
         name = volume.config.name
-        async with self._keeper.connect() as client:
-            if volume.held is not None:
-                await client.protect(name, held=volume.held)
-            else:
-                await client.protect(name)
-            failpoint("agent.after_protect")
-            if volume.held is None:
-                volume.held = await client.hold(name)
+        try:
+            async with self._keeper.connect() as client:
+                if volume.held is not None:
+                    await client.protect(name, held=volume.held)
+                else:
+                    await client.protect(name)
+                failpoint("agent.after_protect")
+                if volume.held is None:
+                    volume.held = await client.hold(name)
+        except Unreachable:
+            raise  # there is no tap, which says nothing of the volume
+        except FarshoreError as error:
+            if volume.replica is not None and volume.replica.lost(str(error)):
+                await self._replicator.add(volume.replica)
+            raise
 
     async def _detach(self, volume: Protected) -> None:
         """Take a device away that nobody uses; one that is in use waits for the next tap."""
@@ -416,9 +474,8 @@ class Service:
         async with self._changing:
             if volume.config.attach:
                 await asyncio.to_thread(attach.detach, self._directory, name)
-            if volume.replica is not None:
-                await self._replicator.remove(volume.replica)
-                volume.replica = None
+            await self._replicator.remove(volume.config.id_bytes)
+            volume.replica = None
             if not volume.config.scanned:
                 with contextlib.suppress(Unreachable, NotFound):
                     async with self._keeper.connect() as client:

@@ -10,12 +10,12 @@ from typing import Any, Final
 import msgspec
 
 from agent import volumes
-from agent.capture.scan import CAPTURE_MODE, ScanReplica, known_size
+from agent.capture.scan import CAPTURE_MODE, ScanReplica
 from agent.config import Layout, load
 from agent.journal.continuity import read_disk
 from agent.journal.reader import JournalReader
 from agent.replicate.ports import VolumeSpec
-from agent.replicate.replica import Replica
+from agent.replicate.replica import Replica, known_size
 from agent.volumes import VolumeConfig
 from farshore.clock import Clock, SystemClock
 from farshore.errors import Conflict, UsageError
@@ -85,6 +85,10 @@ def spec_of(directory: Path, config: VolumeConfig, known_bytes: int = 0) -> Volu
         if not known_bytes:
             raise
         size_bytes = known_bytes
+    return _spec(directory, config, size_bytes)
+
+
+def _spec(directory: Path, config: VolumeConfig, size_bytes: int) -> VolumeSpec:
     return VolumeSpec(
         config.id_bytes,
         config.name,
@@ -109,6 +113,19 @@ def replica_of(directory: Path, config: VolumeConfig, clock: Clock, *, journal: 
         return ScanReplica(spec, config.scan_every_s, config.quiesced, clock)
     spec = spec_of(directory, config)
     return Replica(spec, JournalReader(spec.folder) if journal else None)
+
+
+def known_replica(directory: Path, config: VolumeConfig) -> Replica | None:
+    """A volume of the tap as its own folder knows it, whether or not its disk is there.
+
+    Returns:
+        None when the folder says nothing: it was never replicated, or by an agent that did not keep its size.
+    """
+    folder = Layout(directory).volume(config.name)
+    size_bytes = known_size(folder)
+    if not size_bytes:
+        return None
+    return Replica(_spec(directory, config, size_bytes), JournalReader(folder))
 
 
 def entry(

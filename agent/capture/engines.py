@@ -8,6 +8,7 @@ from agent.journal.continuity import DiskIdentity
 from agent.replicate.ports import DirtyRegions, Tap
 from agent.replicate.replica import Replica
 from farshore.clock import Clock
+from farshore.errors import Unreachable
 from farshore.hrl.cut import Cut
 
 
@@ -27,15 +28,20 @@ class Engines:
         """Take a cut: the tap's, and after it a look at the disks that are scanned.
 
         Raises:
-            Unreachable: There is no tap, and a volume that needs one.
+            Unreachable: There is no tap, and a volume that it serves.
         """
         replicas = list(self._replicas())
         scans = [replica for replica in replicas if isinstance(replica, ScanReplica)]
         if len(scans) < len(replicas) or not replicas:
-            cut = await self._tap.cut(tag)
+            try:
+                cut = await self._tap.cut(tag)
+            except Unreachable:
+                if not scans or any(replica.served and not replica.scanned for replica in replicas):
+                    raise
+                # Nothing of the tap's could be in it: those volumes stay where they were.
+                cut = self._own(tag)
         else:
-            now_ns = self._clock.wall_ns()
-            cut = Cut(max(self._seq + 1, now_ns), now_ns, tag, ())
+            cut = self._own(tag)
         self._seq = max(self._seq, cut.seq)
         if not scans:
             return cut
@@ -47,6 +53,10 @@ class Engines:
         entries = [scan.cut(disk, alone=alone) for scan, disk in zip(scans, found, strict=True)]
         placed = tuple(entry for entry in entries if entry is not None)
         return Cut(cut.seq, cut.time_ns, cut.tag, (*cut.volumes, *placed))
+
+    def _own(self, tag: str | None) -> Cut:
+        now_ns = self._clock.wall_ns()
+        return Cut(max(self._seq + 1, now_ns), now_ns, tag, ())
 
     async def vaulted(self, volume: bytes, incarnation: bytes, lsn: int) -> None:
         """Tell the tap what it may free; nothing is kept of what was scanned."""

@@ -16,7 +16,6 @@ import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from agent.journal.continuity import CTIME_SLACK_NS, IMAGE, DiskIdentity, read_boot, read_disk
@@ -24,7 +23,7 @@ from agent.journal.reader import IncarnationStart
 from agent.journal.state import SCAN, State, StatePageWriter
 from agent.replicate.job import Job
 from agent.replicate.ports import Item, VolumeSpec
-from agent.replicate.replica import FILE_NAME, Replica, remembered
+from agent.replicate.replica import Replica
 from farshore.clock import Clock
 from farshore.errors import Failed, Unreachable
 from farshore.hrl.cut import CutVolume
@@ -36,8 +35,6 @@ from farshore.wire import messages as m
 CAPTURE_MODE: Final = "scan"
 LOOK_S: Final = 2.0
 """What is not known of a disk after this time is taken for changed."""
-SIZE_KEY: Final = "size_bytes"
-"""In the volume's memory file: the size, for the time when the disk is not there."""
 
 log = get_logger()
 
@@ -352,8 +349,7 @@ class ScanReplica(Replica):
             self._writer = StatePageWriter.create(
                 self.spec.state_page, incarnation=incarnation.id, boot_id=boot.id
             )
-        if disk.size_bytes != known_size(self.spec.folder):
-            self._remember()
+        self.remember_size()
         self._number, self._ordinal = begun.number, incarnation.ordinal
         self._due_s = now_s + self.every_s
         self._wanted, self._fuzzy = False, True
@@ -380,9 +376,6 @@ class ScanReplica(Replica):
             lsn=found.number,
             error="it was written to during the pass, in spite of --quiesced: the point is fuzzy",
         )
-
-    def _memory(self) -> dict[str, object]:
-        return {**super()._memory(), SIZE_KEY: self.spec.size_bytes}
 
     def just_written(self, disk: DiskIdentity) -> bool:
         """An image written so short a time ago that the next write may get the very same ctime."""
@@ -442,12 +435,6 @@ class ScanReplica(Replica):
         else:
             self._fuzzy = True
         return CutVolume(self.spec.id, last.incarnation.id, last.number, self._fuzzy)
-
-
-def known_size(folder: Path) -> int:
-    """Size in bytes that the disk of a scanned volume had when its last pass began; 0: none did."""
-    size_bytes = remembered(folder / FILE_NAME).get(SIZE_KEY)
-    return size_bytes if isinstance(size_bytes, int) else 0
 
 
 @asynccontextmanager

@@ -8,11 +8,13 @@ from agent.journal.segments import list_segments
 from agent.journal.state import DATA, FAILED, RESYNC_REQUIRED, State, StatePageReader
 from agent.replicate.ports import Journal, VolumeSpec
 from farshore.config import write_private
-from farshore.errors import Unreachable
+from farshore.errors import FarshoreError, Unreachable
 from farshore.wire import messages as m
 
 FILE_NAME: Final = "replica"
-"""What must outlive the agent: JSON ``{"paused", "copied"}`` in the volume's folder."""
+"""What must outlive the agent: JSON ``{"paused", "copied", "size_bytes"}`` in the volume's folder."""
+SIZE_KEY: Final = "size_bytes"
+"""The size that the disk had when it was last replicated: for the time when it is not there."""
 
 
 class Replica:
@@ -26,6 +28,8 @@ class Replica:
         safe: Units of the copying under way that are vaulted; the next session need not do them again.
         problem: What keeps copying from going on, for people; empty when nothing does.
         remaining_bytes, total_bytes: Of the copying under way; None when there is none.
+        served: There is somebody who captures it: its page and its journal say how it is.
+        absent: Why it cannot be served now, for people. Empty with ``served`` false: it is being opened.
     """
 
     def __init__(self, spec: VolumeSpec, journal: Journal | None) -> None:
@@ -38,10 +42,14 @@ class Replica:
         self.remaining_bytes: int | None = None
         self.total_bytes = 0
         self.vaulted_lsn = 0
+        self.served = True
+        self.absent = ""
+        self._awaited_until_s = 0.0
         self._page: StatePageReader | None = None
         memory = remembered(spec.folder / FILE_NAME)
         self._paused = bool(memory.get("paused", False))
         self._copied = bool(memory.get("copied", False))
+        self._known_bytes = _size_in(memory)
 
     @property
     def scanned(self) -> bool:
@@ -50,7 +58,7 @@ class Replica:
 
     def fuzzy_anyway(self) -> bool:
         """Tell whether a cut taken now would be fuzzy for this volume, and one more would not mend that."""
-        return False
+        return not self.served
 
     def scan_age_s(self) -> float | None:
         """Seconds since the newest whole pass over a scanned disk began; None: there is none to speak of."""
@@ -81,8 +89,35 @@ class Replica:
             self._copied = value
             self._remember()
 
+    # --- whether it is served ---
+
+    def expect(self, until_s: float) -> None:
+        """The tap has not answered for it yet; cuts wait for it until then (monotonic), and no longer."""
+        self.served, self._awaited_until_s = False, until_s
+
+    def awaited(self, now_s: float) -> bool:
+        """Tell whether a cut taken now had better wait until it is served."""
+        return not self.served and not self.absent and now_s < self._awaited_until_s
+
+    def lost(self, why: str) -> bool:
+        """It cannot be served, so it stays where it was in every cut; tell whether that, or why, is new."""
+        new = self.served or self.absent != why
+        self.served, self.absent = False, why
+        return new
+
+    def found(self) -> None:
+        """It is served, from now on or again. Raises Unreachable: by a tap that has published no state."""
+        self._read_page()
+        self.served, self.absent = True, ""
+
     def state(self) -> State:
-        """Return the tap's counters. Raises Unreachable while there is no tap that published any."""
+        """Return the tap's counters. Raises Unreachable while no tap serves it that published any."""
+        if not self.served:
+            # A page can be left from a tap that is gone.
+            raise Unreachable("the volume is not served", where=self.spec.name, why=self.absent)
+        return self._read_page()
+
+    def _read_page(self) -> State:
         if self._page is None:
             try:
                 self._page = StatePageReader(self.spec.state_page)
@@ -102,7 +137,7 @@ class Replica:
     def name_state(self) -> str:
         """One of the volume states of DESIGN, section 11: the first that applies, worst first."""
         state = self.state_or_none()
-        if state is not None and state.flags & FAILED:
+        if self.absent or (state is not None and state.flags & FAILED):
             return "failed"
         if self.paused:
             return "paused"
@@ -144,7 +179,13 @@ class Replica:
         """How HELLO and VOLUME-ADD introduce it."""
         spec = self.spec
         return m.VolumeHello(
-            spec.id, spec.name, spec.size_bytes, spec.sector_bytes, self.name_state(), self.capture_mode()
+            spec.id,
+            spec.name,
+            spec.size_bytes,
+            spec.sector_bytes,
+            self.name_state(),
+            self.capture_mode(),
+            self.absent,
         )
 
     def volume_status(self) -> m.VolumeStatus | None:
@@ -168,11 +209,33 @@ class Replica:
             self._page.close()
             self._page = None
 
+    def remember_size(self) -> None:
+        """Keep the size for a time when the disk is not there. Blocks. Raises CapacityError, Failed."""
+        before, self._known_bytes = self._known_bytes, self.spec.size_bytes
+        if before == self._known_bytes:
+            return
+        try:
+            self._remember()
+        except FarshoreError:
+            self._known_bytes = before
+            raise
+
     def _remember(self) -> None:
         write_private(self.spec.folder / FILE_NAME, json.dumps(self._memory()).encode())
 
     def _memory(self) -> dict[str, object]:
-        return {"paused": self._paused, "copied": self._copied}
+        memory: dict[str, object] = {"paused": self._paused, "copied": self._copied}
+        return {**memory, SIZE_KEY: self._known_bytes} if self._known_bytes else memory
+
+
+def known_size(folder: Path) -> int:
+    """Size in bytes of the volume in ``folder`` when it was last replicated; 0: it never was."""
+    return _size_in(remembered(folder / FILE_NAME))
+
+
+def _size_in(memory: dict[str, object]) -> int:
+    size_bytes = memory.get(SIZE_KEY)
+    return size_bytes if isinstance(size_bytes, int) and size_bytes > 0 else 0
 
 
 def remembered(path: Path) -> dict[str, object]:

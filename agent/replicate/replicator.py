@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ from agent.replicate.replica import Replica
 from agent.replicate.session import Restart, Session
 from farshore import __version__
 from farshore.config import write_private
-from farshore.errors import AuthError, ConfigError, FarshoreError, NotFound, Unreachable
+from farshore.errors import AuthError, ConfigError, Conflict, FarshoreError, NotFound, Unreachable
 from farshore.telemetry import get_logger
 from farshore.wire import messages as m
 
@@ -32,19 +33,31 @@ log = get_logger()
 class Replicator:
     """Keeps a session with one of the servers and follows what the user asks of volumes.
 
+    Args:
+        protected: Ids of all protected volumes, of those too that nobody can replicate yet; None: there are
+            no others.
+
     Attributes:
         replicas: The protected volumes by id.
         reason: Why there is no session, one line; empty while there is one.
     """
 
     def __init__(
-        self, directory: Path, config: AgentConfig, tap: Tap, metrics: Metrics, rng: random.Random
+        self,
+        directory: Path,
+        config: AgentConfig,
+        tap: Tap,
+        metrics: Metrics,
+        rng: random.Random,
+        *,
+        protected: Callable[[], Iterable[bytes]] | None = None,
     ) -> None:
         self.replicas: dict[bytes, Replica] = {}
         self.reason = "not yet tried"
         self.connected_at: float | None = None
         self._directory, self._config, self._tap, self._metrics = directory, config, tap, metrics
         self._rng = rng
+        self._protected = protected if protected is not None else self.replicas.keys
         self._backoff = Backoff(rng)
         self._session: Session | None = None
         self._epoch_file = directory / "epoch"
@@ -67,22 +80,21 @@ class Replicator:
     # --- volumes, as the user wants them ---
 
     async def add(self, replica: Replica) -> None:
-        """Replicate one more volume."""
+        """Replicate one more volume, or tell the server what is new of one: its size, why it failed."""
         self.replicas[replica.spec.id] = replica
-        await self._with_session("add", replica)
+        # A session that just ended: HELLO of the next one names the volumes as they are then.
+        with contextlib.suppress(LinkDown):
+            if self._session is not None:
+                await self._session.add(replica)
 
-    async def remove(self, replica: Replica) -> None:
-        """Stop with a volume; what is vaulted of it stays there."""
-        self.replicas.pop(replica.spec.id, None)
-        await self._with_session("remove", replica)
-        replica.close()
-
-    async def _with_session(self, what: str, replica: Replica) -> None:
-        session = self._session
-        if session is not None:
-            # A session that just ended: HELLO of the next one names the volumes as they are then.
-            with contextlib.suppress(LinkDown):
-                await (session.add(replica) if what == "add" else session.remove(replica))
+    async def remove(self, id: bytes) -> None:
+        """Stop with a volume, also one that was never taken on; what is vaulted of it stays there."""
+        replica = self.replicas.pop(id, None)
+        with contextlib.suppress(LinkDown):
+            if self._session is not None:
+                await self._session.remove(id)
+        if replica is not None:
+            replica.close()
 
     def named(self, name: str) -> Replica:
         """Return the volume called ``name``. Raises NotFound."""
@@ -105,8 +117,10 @@ class Replicator:
             await self._session.pool.expect_work()
 
     async def resync(self, name: str) -> None:
-        """Compare the whole volume with the vault again. Raises NotFound, Unreachable."""
+        """Compare the whole volume with the vault again. Raises NotFound, Unreachable, Conflict."""
         replica = self.named(name)
+        if not replica.served:
+            raise Conflict("the volume is not served", where=name, why=replica.absent)
         if isinstance(replica, ScanReplica):
             replica.compare_again()
             return
@@ -196,6 +210,7 @@ class Replicator:
                 __version__,
                 self._epoch_seen(),
                 tuple(replica.hello() for replica in self.replicas.values()),
+                tuple(self._protected()),
             )
             welcome = await hello(link, message)
             self._check_epoch(welcome.epoch)
@@ -204,9 +219,9 @@ class Replicator:
             self._session, self.reason, self.connected_at = session, "", time.time()
             self._metrics.connected()
             log.info("connected", server=server.address, epoch=welcome.epoch, head_seq=welcome.head_seq)
-            for replica in self.replicas.values():
-                # Protected between HELLO and now.
-                if not any(volume.id == replica.spec.id for volume in message.volumes):
+            for replica in list(self.replicas.values()):
+                # Protected, or found to be missing, between HELLO and now.
+                if replica.hello() not in message.volumes:
                     await session.add(replica)
             await session.run()
         except asyncio.CancelledError:

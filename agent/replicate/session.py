@@ -22,7 +22,7 @@ from agent.replicate.job import Job, dirty_units, whole_volume
 from agent.replicate.passes import Passes
 from agent.replicate.ports import DirtyRegions, Journal, Tap
 from agent.replicate.replica import Replica
-from farshore.errors import Conflict, CorruptRecord, FarshoreError, Unreachable
+from farshore.errors import Conflict, CorruptRecord, FarshoreError, NotFound, Unreachable
 from farshore.failpoints import failpoint
 from farshore.hrl.cut import Cut
 from farshore.telemetry import get_logger
@@ -74,6 +74,8 @@ class Session:
         self._heals: dict[bytes, DirtyRegions] = {}
         self._last_cut: dict[bytes, int] = {}
         self._last_fuzzy = True
+        self._away: set[bytes] = set()  # volumes that a MARK had only where they were: nobody served them
+        self._unopened: dict[bytes, float] = {}  # since when cuts wait for a volume; monotonic
         self._unacked: dict[int, m.Mark] = {}
         self._since_mark = (0, 0)
         self._send_now = asyncio.Event()
@@ -133,14 +135,19 @@ class Session:
     # --- volumes ---
 
     async def add(self, replica: Replica) -> None:
-        """Tell the server of a volume protected while connected."""
+        """Tell the server of a volume protected while connected, or of what is new of one."""
         await self.link.send(m.VolumeAdd(replica.hello()))
 
-    async def remove(self, replica: Replica) -> None:
+    async def remove(self, id: bytes) -> None:
         """A volume is not protected any more."""
-        self.streams.pop(replica.spec.id, None)
-        self._positions.pop(replica.spec.id, None)
-        await self.link.send(m.VolumeRemove(replica.spec.id))
+        self.streams.pop(id, None)
+        self._positions.pop(id, None)
+        self._away.discard(id)
+        self._unopened.pop(id, None)
+        await self.link.send(m.VolumeRemove(id))
+        # It may have been what made the last points fuzzy, also where only the server knew of it.
+        self._last_fuzzy = True
+        self.want_cut()
 
     def want_cut(self) -> None:
         """Take the next cut now."""
@@ -159,6 +166,9 @@ class Session:
 
     def _fuzzy_anyway(self) -> set[bytes]:
         return {id for id, replica in self.replicas.items() if replica.fuzzy_anyway()}
+
+    def _unserved(self) -> set[bytes]:
+        return {id for id, replica in self.replicas.items() if not replica.served}
 
     async def cut(self, tag: str | None) -> int:
         """Take a cut now and return the cut_seq of its MARK, which is on its way then.
@@ -241,6 +251,12 @@ class Session:
         stream.resync = replica.resync = resync
         stream.copied = replica.copied = copied and not resync
         stream.paused = replica.paused
+        try:
+            # It is in every cut from here on, so a later agent must be able to introduce it without its disk.
+            replica.remember_size()
+        except FarshoreError as error:
+            # Where the journal's disk is full, only replicating makes room. The server keeps it in too.
+            log.warning("size_not_remembered", volume=replica.spec.name, error=str(error))
         stream.opened = True
 
     # --- receiving ---
@@ -281,7 +297,7 @@ class Session:
         log.error("volume_refused", volume=replica.spec.name if replica else "", code=code, error=text)
         if isinstance(replica, ScanReplica):
             replica.forget()
-        elif replica is not None and code in ("gap", "conflict"):
+        elif replica is not None and replica.served and code in ("gap", "conflict"):
             state = replica.state()
             position = self._positions[replica.spec.id]
             await self.tap.resync_required(
@@ -299,7 +315,9 @@ class Session:
         for seq in [seq for seq in self._unacked if seq <= ack.cut_seq]:
             mark = self._unacked.pop(seq)
         copied = self._copied_in(mark) if mark is not None else set()
-        scans = self._scans()
+        # What is scanned may be fuzzy for ever, and so may what is not served: neither keeps another volume
+        # from being protected.
+        apart = self._scans() | self._unserved()
         for vaulted in ack.volumes:
             stream, replica = self.streams.get(vaulted.id), self.replicas.get(vaulted.id)
             if stream is None or replica is None:
@@ -312,12 +330,13 @@ class Session:
                     stream.job.token_vaulted(token)
             if stream.job is not None and stream.job.kind != "heal":
                 replica.safe |= stream.job.safe
+            if not replica.served:
+                continue
             await self._quietly(self.tap.vaulted(vaulted.id, vaulted.incarnation, vaulted.lsn))
-            if vaulted.id in copied:
-                # What is scanned may be fuzzy for ever, and keeps no tap's volume from being protected.
+            if vaulted.id in copied and replica.served:
                 fuzzy = ack.consistency == "fuzzy"
-                if fuzzy and scans and mark is not None:
-                    fuzzy = cuts.is_fuzzy(mark, without=scans)
+                if fuzzy and apart and mark is not None:
+                    fuzzy = cuts.is_fuzzy(mark, without=apart)
                 await self._copied(stream, replica, offerable=not fuzzy)
         self.counters.record("points", 1)
         self._send_now.set()
@@ -364,7 +383,7 @@ class Session:
         """What the tap misses now it is told again with the next ACK."""
         try:
             await call
-        except Unreachable as error:
+        except (Unreachable, Conflict, NotFound) as error:  # no tap, or one that does not serve the volume
             log.warning("tap_not_reached", error=str(error))
 
     async def _run_commands(self) -> None:
@@ -442,15 +461,23 @@ class Session:
 
     def _all_open(self) -> bool:
         """Every volume found its place; one that cannot is not waited for longer than a moment."""
-        if all(stream.opened for stream in self.streams.values()):
-            return True
-        return time.monotonic() - self._began > OPEN_S
+        now_s = time.monotonic()
+        for id, replica in self.replicas.items():
+            stream = self.streams.get(id)
+            if replica.awaited(now_s):
+                return False  # the tap is still opening it, for as long as the service says
+            if stream is not None and (stream.opened or not replica.served):
+                self._unopened.pop(id, None)
+            elif now_s - self._unopened.setdefault(id, now_s) <= OPEN_S:
+                return False
+        return True
 
     async def _send_marks(self) -> bool:
         sent = False
-        if not self._all_open() or (self._cutting and self._scans()):
+        if self._cutting and self._scans():
             return False
-        while (cut := self._pending.first()) is not None:
+        all_open = self._all_open()
+        while all_open and (cut := self._pending.first()) is not None:
             if cuts.lost(cut, self.streams):
                 log.info("cut_skipped", seq=cut.seq, tag=cut.tag)
                 self._pending.remove(cut)
@@ -463,7 +490,7 @@ class Session:
             sent = True
         records, size = self._since_mark
         if records > cuts.OWN_RECORDS or size > cuts.OWN_BYTES:
-            dirty = any(
+            dirty = not all_open or any(
                 state is None or state.dirty_regions > 0 or state.capture_mode != DATA
                 for state in (replica.state_or_none() for replica in self.replicas.values())
             )
@@ -477,6 +504,7 @@ class Session:
         self._since_mark = (0, 0)
         self._unacked[seq] = mark
         self._last_fuzzy = cuts.is_fuzzy(mark, without=self._fuzzy_anyway())
+        self._away |= self._unserved()
         failpoint("agent.before_mark")
         await self.link.send(mark)
         failpoint("agent.after_mark")
@@ -505,12 +533,17 @@ class Session:
             except TimeoutError:
                 pass
             self._cut_now.clear()
-            if len(self._unacked) >= MARKS_UNACKED_MAX or not self._needs_cut():
+            if len(self._unacked) >= MARKS_UNACKED_MAX or self._awaiting() or not self._needs_cut():
                 continue
             try:
                 self._took(await self._cut(None))
             except Unreachable as error:
                 log.warning("no_cut", error=str(error))
+
+    def _awaiting(self) -> bool:
+        """No MARK would be sent: the tap is still opening a volume, which would not be in a cut of now."""
+        now_s = time.monotonic()
+        return any(replica.awaited(now_s) for replica in self.replicas.values())
 
     async def _cut(self, tag: str | None) -> Cut:
         """Have a cut taken; with scanned volumes no MARK is sent meanwhile.
@@ -539,7 +572,7 @@ class Session:
             job = stream.job
             copied = job is not None and job.kind != "heal" and job.finished and not stream.copied
             wants = bool(stream.rule.waiting or copied)
-            if replica is not None and replica.fuzzy_anyway() and not wants:
+            if replica is not None and replica.fuzzy_anyway() and not (wants and replica.served):
                 continue
             counted = True
             if state is None or not stream.sending:
@@ -575,9 +608,16 @@ class Session:
         if isinstance(replica, ScanReplica):
             await self._passes.plan(stream, replica, self._positions[stream.id])
             return
+        if not replica.served:
+            return
         if not stream.opened:
             await self._open(replica)
             return
+        if stream.id in self._away:
+            # The last points were as good as they could be without it; the next one has it again.
+            self._away.discard(stream.id)
+            self._last_fuzzy = True
+            self.want_cut()
         state = replica.state()
         if state.flags & RESYNC_REQUIRED and not (stream.resync and state.incarnation == stream.resync_at):
             # The tap found out, or was told, that writes may have passed it by: once more, or for the first

@@ -6,6 +6,7 @@ The workload is the test. What it has written by each cut is remembered as a dig
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -13,7 +14,7 @@ from blake3 import blake3
 from agent.journal.reader import IncarnationStart
 from agent.journal.state import StatePageWriter
 from agent.replicate.ports import DirtyRegions, Item, VolumeSpec
-from farshore.errors import Unreachable
+from farshore.errors import Conflict, Unreachable
 from farshore.hrl.batch import (
     MARK,
     RECORD,
@@ -143,20 +144,28 @@ class FakeTap:
     async def cut(self, tag: str | None) -> Cut:
         if self.down:
             raise Unreachable("the tap is down")
-        self.cut_seq = max(self.cut_seq + 1, time.time_ns())
+        return cut_over([self], tag)
+
+    @property
+    def fresh(self) -> bool:
+        """There are records since the last cut, so the next one leaves its MARK here."""
         last = next((item for item in reversed(self.items) if isinstance(item, Batch)), None)
-        fresh = last is not None and bool(last.records["type"][0] != MARK)
-        entry = CutVolume(
-            self.spec.id, self.incarnation.id, self.captured + fresh, bool(self.dirty_set) or self.resync_flag
-        )
-        cut = Cut(self.cut_seq, time.time_ns(), tag, (entry,))
-        if fresh:
+        return last is not None and bool(last.records["type"][0] != MARK)
+
+    def place(self) -> CutVolume:
+        """Where a cut taken now passes through."""
+        fuzzy = bool(self.dirty_set) or self.resync_flag
+        return CutVolume(self.spec.id, self.incarnation.id, self.captured + self.fresh, fuzzy)
+
+    def was_cut(self, cut: Cut) -> None:
+        """Keep what was written by then, and the MARK."""
+        if self.fresh:
             payload = encode_cut(cut)
             self.append(RECORD.pack(0, 0, MARK, 0, 0, len(payload)), payload)
         self.durable = self.captured
+        self.cut_seq = cut.seq
         self.digests[cut.seq] = blake3(self.truth).digest()
         self.publish()
-        return cut
 
     async def vaulted(self, volume: bytes, incarnation: bytes, lsn: int) -> None:
         self.vaulted_lsn = max(self.vaulted_lsn, lsn)
@@ -184,6 +193,50 @@ class FakeTap:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def cut_over(taps: Sequence[FakeTap], tag: str | None, absent: Sequence[FakeTap] = ()) -> Cut:
+    """Take one cut over several volumes; ``absent`` ones have no journal."""
+    now_ns = time.time_ns()
+    nowhere = [CutVolume(tap.spec.id, NO_INCARNATION, 0, True) for tap in absent]
+    seq = max(now_ns, *(tap.cut_seq + 1 for tap in taps))
+    cut = Cut(seq, now_ns, tag, (*(tap.place() for tap in taps), *nowhere))
+    for tap in taps:
+        tap.was_cut(cut)
+    return cut
+
+
+class FakeTaps:
+    """One tap of several volumes, which does not serve those in ``gone``."""
+
+    def __init__(self, *taps: FakeTap) -> None:
+        self.taps = taps
+        self.gone: set[bytes] = set()
+
+    async def cut(self, tag: str | None) -> Cut:
+        served = [tap for tap in self.taps if tap.spec.id not in self.gone]
+        return cut_over(served, tag, [tap for tap in self.taps if tap.spec.id in self.gone])
+
+    async def vaulted(self, volume: bytes, incarnation: bytes, lsn: int) -> None:
+        await self._of(volume).vaulted(volume, incarnation, lsn)
+
+    async def dirty(self, volume: bytes) -> DirtyRegions:
+        return await self._of(volume).dirty(volume)
+
+    async def dirty_clear(self, volume: bytes, round: int, regions: tuple[int, ...]) -> None:
+        await self._of(volume).dirty_clear(volume, round, regions)
+
+    async def resync_required(self, volume: bytes, above_lsn: int, above_ordinal: int) -> None:
+        await self._of(volume).resync_required(volume, above_lsn, above_ordinal)
+
+    async def resync_done(self, volume: bytes) -> None:
+        await self._of(volume).resync_done(volume)
+
+    def _of(self, volume: bytes) -> FakeTap:
+        if volume in self.gone:
+            raise Conflict("the volume is not served")
+        (tap,) = (tap for tap in self.taps if tap.spec.id == volume)
+        return tap
 
 
 class FakeJournal:

@@ -128,3 +128,21 @@ def test_a_journal_s_word_of_a_cut_does_not_replace_one_that_knows_more_volumes(
         pending.add(taken)
     assert pending.first() == cut(one=5, two=2)
     assert len(pending) == 1
+
+
+def test_a_volume_that_nobody_serves_stays_where_the_vault_has_it_and_holds_up_no_cut() -> None:
+    """It was never opened in this session; the tap's cut has no place in it."""
+    streams = {ONE: stream(ONE, 5), TWO: stream(TWO, 0)}
+    streams[TWO].opened = False
+    streams[TWO].mark = (b"j" * 16, 70)
+    streams[TWO].rule.copy_end = 66
+    nowhere = CutVolume(TWO, bytes(16), 0, True)
+    taken = cuts.served(Cut(7, 0, None, (*cut(one=5).volumes, nowhere)))
+    assert cuts.ready(taken, streams)
+    assert not cuts.lost(taken, streams)
+    for places in (taken, cuts.own_cut(streams, 0, dirty=False)):
+        mark = cuts.make_mark(places, 1, streams)
+        (two,) = (volume for volume in mark.volumes if volume.volume == TWO)
+        assert two == m.VolumeMark(TWO, b"j" * 16, 70, True, True, 66, ())
+        assert cuts.is_fuzzy(mark)
+    assert not cuts.is_fuzzy(cuts.make_mark(taken, 2, streams), without={TWO})

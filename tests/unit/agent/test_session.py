@@ -126,7 +126,11 @@ async def test_no_mark_is_sent_while_a_cut_over_scanned_volumes_is_taken(
     await asyncio.wait_for(asked.wait(), 10)
     # The journal tells of it already, without the volume that has no journal.
     session._pending.add(Cut(7, 0, None, (entry,)))
-    session.replicas[b"w" * 16] = SimpleNamespace(scanned=True, fuzzy_anyway=lambda: False)  # type: ignore[assignment]
+    session.replicas[b"w" * 16] = SimpleNamespace(  # type: ignore[assignment]
+        scanned=True, served=True, journal=None, fuzzy_anyway=lambda: False, awaited=lambda now_s: False
+    )
+    session._place(m.VolumePosition(b"w" * 16, INCARNATION, 1, 1, bytes(32), True, 0, False))
+    session.streams[b"w" * 16].opened = True
     assert not await session._send_marks()
     answer.set()
     session._took(await taking)

@@ -114,6 +114,25 @@ async def test_without_scans_it_is_the_tap_s_cut(tmp_path: Path) -> None:
     assert tap.told == ["cut", "vaulted", "resync_required", "resync_done"]
 
 
+async def test_without_a_tap_scans_go_on_beside_volumes_that_cannot_be_served(
+    root: ScanReplica, tmp_path: Path
+) -> None:
+    tap = NotingTap()
+    data = Replica(spec(tmp_path, DATA, "data"), None)
+
+    async def no_tap(tag: str | None) -> Cut:
+        raise Unreachable("there is no tap")
+
+    tap.cut = no_tap  # type: ignore[method-assign]
+    both = engines(tap, root, data)
+    with pytest.raises(Unreachable):
+        await both.cut(None)  # its newest state is in the journal, and belongs into the point
+    data.lost("there is no such disk")
+    assert [entry.volume for entry in (await both.cut(None)).volumes] == [ROOT]
+    with pytest.raises(Unreachable):
+        await engines(tap, data).cut(None)
+
+
 async def test_a_disk_that_cannot_be_looked_at_is_fuzzy(root: ScanReplica) -> None:
     root.spec.disk.unlink()
     (entry,) = (await engines(NotingTap(), root).cut(None)).volumes

@@ -7,12 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.capture.scan import Pass, ScanReplica, fresh, known_size
+from agent.capture.scan import Pass, ScanReplica, fresh
 from agent.journal.continuity import DiskIdentity
 from agent.journal.state import SCAN
 from agent.replicate.job import Job, whole_volume
 from agent.replicate.ports import VolumeSpec
-from agent.replicate.replica import Replica
+from agent.replicate.replica import Replica, known_size
 from farshore.errors import Failed, Unreachable
 from farshore.units import MIB
 from farshore.wire import messages as m
