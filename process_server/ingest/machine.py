@@ -23,7 +23,7 @@ from farshore.wire import messages as m
 from process_server.ingest import stream
 from process_server.ingest.resync import BlockTable
 from process_server.ingest.rpo import MachineRpo
-from process_server.ingest.session import Cut, Session
+from process_server.ingest.session import VOLUMES_MAX, Cut, Session
 from process_server.ingest.stream import VolumeCut
 from process_server.vault.chain import Chain
 from process_server.vault.commit import CommitHead, CommitVolume, Consistency, Rows, point_id
@@ -230,11 +230,13 @@ class Machine:
             named: Ids and names of the cut's volumes. A name that another volume has now was given up.
         """
         names = set(named.values())
-        return [
+        kept = [
             msgspec.structs.replace(entry, fuzzy=True, extents=0)
             for id, entry in self.head.volumes.items()
             if id not in named and id not in self._removed and entry.name not in names
         ]
+        # As many as a session may introduce: one after another, with others each time, must not add up.
+        return kept[: max(0, VOLUMES_MAX - len(named))]
 
     def add(self, cut: Cut) -> None:
         """Queue a cut for its commit."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
+import pytest
 
 from farshore.clock import SystemClock
 from farshore.wire import messages as m
@@ -168,6 +169,7 @@ class Chained:
         self.chain = Chain(MemoryStore(), KEYS, MACHINE, b"w" * 16)
         self.session = Session(MACHINE, "db1", "1", self.events, 1)
         self.cut_seq = 0
+        self.volume = VOLUME
 
     async def begin(self) -> None:
         async def committed(machine: Machine, head: CommitHead, tables: dict[bytes, Rows]) -> None:
@@ -202,6 +204,7 @@ class Chained:
         self.cut_seq += 1
         cut_now = cut(self.session)
         cut_now.cut_seq, cut_now.volumes[0].name = self.cut_seq, name
+        cut_now.volumes[0].volume = self.volume
         task = asyncio.create_task(self.machine.run())
         self.machine.add(cut_now)
         async with asyncio.timeout(20):
@@ -259,6 +262,17 @@ async def test_what_is_not_there_is_not_remembered_as_removed() -> None:
     for number in range(100, 200):
         here.machine.remove_volume(bytes([number]) * 16)
     assert not here.machine._removed
+
+
+async def test_volumes_that_are_never_removed_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("process_server.ingest.machine.VOLUMES_MAX", 2)
+    here = Chained()
+    await here.begin()
+    for number in range(4):
+        here.volume, name = bytes([number]) * 16, f"disk-{number}"
+        head = await here.commit(name=name)
+        assert head.volumes[0].name == name
+        assert len(head.volumes) == 2
 
 
 def _reasons(status: dict[str, object]) -> list[str]:
