@@ -30,8 +30,8 @@ _TIME: Final = re.compile(
     r"(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
 _WHY_FUZZY: Final = (
-    "a first copy or a compare was not finished, or the disk was scanned while others could write:"
-    " it never was in that state"
+    "a first copy or a compare was not finished, a volume stayed behind while the others went on, or the disk"
+    " was scanned while others could write: it never was in that state"
 )
 FORMS: Final = "latest, an id rp-…, a time with zone such as 2026-11-21T06:10:08Z, or lsn:N with --volume"
 
