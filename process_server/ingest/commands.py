@@ -69,20 +69,6 @@ class Commands:
             )
         return outcome.point
 
-    async def command(self, machine: Machine, verb: str, volume: str | None, timeout_s: float) -> m.Result:
-        """Ask the agent for ``resync``, ``pause`` or ``resume`` of a volume; return its answer.
-
-        Raises:
-            Unreachable: The agent is not connected.
-            Failed: No answer in time.
-        """
-        session = _connected(machine)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._ask(session, verb, volume, None)
-        except TimeoutError:
-            raise Failed("the agent did not answer in time", where=machine.name) from None
-
     async def _ask(self, session: Session, verb: str, volume: str | None, tag: str | None) -> m.Result:
         request = next(self._requests)
         future: asyncio.Future[m.Result] = asyncio.get_running_loop().create_future()
