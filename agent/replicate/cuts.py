@@ -1,6 +1,6 @@
 """Which cut is next in the stream, and what its MARK says of each volume. Pure."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -99,7 +99,7 @@ def served(cut: Cut) -> Cut:
     return Cut(cut.seq, cut.time_ns, cut.tag, tuple(v for v in cut.volumes if any(v.incarnation)))
 
 
-def ready(cut: Cut, streams: dict[bytes, Stream]) -> bool:
+def ready(cut: Cut, streams: Mapping[bytes, Stream]) -> bool:
     """Every record up to ``cut`` of every volume that sends was sent."""
     return all(
         stream.delta.reached(entry.incarnation, entry.lsn)
@@ -108,7 +108,7 @@ def ready(cut: Cut, streams: dict[bytes, Stream]) -> bool:
     )
 
 
-def lost(cut: Cut, streams: dict[bytes, Stream]) -> bool:
+def lost(cut: Cut, streams: Mapping[bytes, Stream]) -> bool:
     """Some volume's stream is beyond ``cut``, so it can not be a point any more; a later cut covers it."""
     return any(
         stream.delta.passed(entry.incarnation, entry.lsn) or entry.lsn < stream.mark[1]
@@ -117,7 +117,7 @@ def lost(cut: Cut, streams: dict[bytes, Stream]) -> bool:
     )
 
 
-def own_cut(streams: dict[bytes, Stream], time_ns: int, *, dirty: bool) -> Cut:
+def own_cut(streams: Mapping[bytes, Stream], time_ns: int, *, dirty: bool) -> Cut:
     """A cut at what was sent so far, for a backlog without cuts.
 
     One volume's log is a prefix wherever it is cut. Several volumes were at no instant where their streams
@@ -129,7 +129,7 @@ def own_cut(streams: dict[bytes, Stream], time_ns: int, *, dirty: bool) -> Cut:
     return Cut(0, time_ns, None, tuple(entries))
 
 
-def make_mark(cut: Cut, cut_seq: int, streams: dict[bytes, Stream]) -> m.Mark:
+def make_mark(cut: Cut, cut_seq: int, streams: Mapping[bytes, Stream]) -> m.Mark:
     """Return the MARK of ``cut`` and enter what it places into each stream's books."""
     entries = {entry.volume: entry for entry in cut.volumes}
     copies_left, cut_outs_left = COPIES_MAX, CUT_OUTS_MAX

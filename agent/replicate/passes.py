@@ -73,7 +73,7 @@ class Passes:
             replica.fail(f"the pass cannot begin: {error}")
             return
         stream.resync, stream.copied, stream.resync_at = True, False, begun.incarnation.id
-        self._session.passed_over(stream.id, begun.number)
+        self._session.marks.passed_over(stream.id, begun.number)
         log.info("scan_began", volume=replica.spec.name, lsn=begun.number, bytes=disk.size_bytes)
 
     def _copy(self, stream: Stream, replica: ScanReplica, position: m.VolumePosition) -> None:
@@ -86,7 +86,7 @@ class Passes:
         # Records from before it there are none, so nothing has to be vaulted first.
         job = Job("resync" if replica.copied else "initial", units, compare=not position.empty, after=0)
         running.job = job
-        self._session.begin_job(stream, job)
+        self._session.works.begin(stream, job)
         log.info("copying_started", volume=replica.spec.name, kind=job.kind, bytes=job.total_bytes)
 
     def concerns(self, replica: ScanReplica, mark: m.VolumeMark) -> bool:

@@ -140,7 +140,7 @@ class Replicator:
                     if session is None:
                         raise Unreachable("no session")
                     async with fresh(list(self.replicas.values())):
-                        return m.Result(command.id, True, "", await session.cut(command.tag))
+                        return m.Result(command.id, True, "", await session.marks.take(command.tag))
                 case "pause":
                     self.pause(command.volume or "")
                 case "resume":

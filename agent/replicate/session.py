@@ -1,55 +1,43 @@
 """One session with the process server, from WELCOME to the end of the control connection.
 
-Four tasks: receive, send (journals and MARKs, in order), take cuts, copy. What each decides is in the pure
+Receives, sends journals and MARKs in order, plans the copying. What each decides is in the pure
 modules beside this one; what a session leaves behind for the next is in `Replica`.
 """
 
 import asyncio
 import itertools
-import time
 from collections.abc import Awaitable, Callable
-from typing import Final, Protocol
+from typing import Final
 
 from agent.capture.scan import ScanReplica
 from agent.journal.errors import JournalGap
-from agent.journal.state import BITMAP, DATA, FAILED, RESYNC_REQUIRED, State
+from agent.journal.state import DATA, FAILED, RESYNC_REQUIRED, State
 from agent.link import Link, LinkDown
-from agent.replicate import cuts, ipc
+from agent.replicate import cuts
 from agent.replicate.copiers import CopierPool, setup_for
-from agent.replicate.copyrule import AcceptedCopy, CopyRule
+from agent.replicate.copyrule import CopyRule
 from agent.replicate.delta import Delta, Frame, start_message
 from agent.replicate.job import Job, dirty_units, whole_volume
+from agent.replicate.marks import Marks, scanned, unserved
 from agent.replicate.passes import Passes
-from agent.replicate.ports import DirtyRegions, Journal, Tap
+from agent.replicate.ports import Counters, DirtyRegions, Journal, Tap
 from agent.replicate.replica import Replica
+from agent.replicate.works import Works
 from farshore.errors import Conflict, CorruptRecord, FarshoreError, NotFound, Unreachable
 from farshore.failpoints import failpoint
-from farshore.hrl.cut import Cut
 from farshore.telemetry import get_logger
 from farshore.wire import messages as m
 
 POLL_S: Final = 0.02
 """How often the state pages are looked at for new durable records."""
 PLAN_S: Final = 0.1
-MARKS_UNACKED_MAX: Final = 64
-"""Cuts on their way to the vault; with more, the next ones wait and one covers them all."""
 COMMANDS_MAX: Final = 32
-OPEN_S: Final = 10.0
-MARK_S: Final = 45.0
 
 log = get_logger()
 
 
 class Restart(Exception):
     """The session must begin again at once; the text says why."""
-
-
-class Counters(Protocol):
-    """Where a session counts; `agent.metrics` implements it."""
-
-    def sent(self, stage: str, count: int) -> None: ...
-
-    def record(self, what: str, count: int) -> None: ...
 
 
 class Session:
@@ -69,30 +57,22 @@ class Session:
         self._command = command
         self.streams: dict[bytes, cuts.Stream] = {}
         self._positions: dict[bytes, m.VolumePosition] = {}
-        self._pending = cuts.PendingCuts()
-        self._works: dict[int, tuple[cuts.Stream, Job]] = {}
         self._heals: dict[bytes, DirtyRegions] = {}
-        self._last_cut: dict[bytes, int] = {}
-        self._last_fuzzy = True
-        self._away: set[bytes] = set()  # volumes that a MARK had only where they were: nobody served them
-        self._unopened: dict[bytes, float] = {}  # since when cuts wait for a volume; monotonic
-        self._unacked: dict[int, m.Mark] = {}
-        self._since_mark = (0, 0)
         self._send_now = asyncio.Event()
-        self._cut_now = asyncio.Event()
         self._commands: asyncio.Queue[m.Command] = asyncio.Queue(COMMANDS_MAX)
-        self._awaited: dict[int, asyncio.Future[int | None]] = {}
-        # By the cut's seq: the cut_seq of its MARK, None when it was given up. The newest ones.
-        self._sent_cuts: dict[int, int | None] = {}
-        self._cutting = 0
         self._passes = Passes(self)
+        self.marks = Marks(
+            link, tap, self.streams, replicas, lambda: self.policy.point_interval_s, self._send_now
+        )
+        self.works = Works(
+            self.streams, replicas, counters, finished=self.marks.want, failed=self._passes.failed
+        )
         self._restart = asyncio.Event()
-        self._began = time.monotonic()
         self.acked = False
         for position in welcome.volumes:
             self._place(position)
         self.pool = CopierPool(
-            self,
+            self.works,
             setup_for(link.server, welcome.session, self.policy),
             count=max(1, min(8, self.policy.copy_connections)),
             numbers=itertools.count(1),
@@ -110,13 +90,13 @@ class Session:
                 for task in (
                     self._receive,
                     self._send,
-                    self._take_cuts,
+                    self.marks.run,
                     self._plan,
                     self._run_commands,
                     self.pool.run,
                     self._until_restart,
                 ):
-                    tasks.create_task(task(), name=f"session-{task.__name__}")
+                    tasks.create_task(task(), name=f"session-{task.__qualname__}")
         except* Exception as group:
             first = _first(group)
             raise first from first.__cause__
@@ -142,64 +122,18 @@ class Session:
         """A volume is not protected any more."""
         self.streams.pop(id, None)
         self._positions.pop(id, None)
-        self._away.discard(id)
-        self._unopened.pop(id, None)
         await self.link.send(m.VolumeRemove(id))
-        # It may have been what made the last points fuzzy, also where only the server knew of it.
-        self._last_fuzzy = True
-        self.want_cut()
-
-    def want_cut(self) -> None:
-        """Take the next cut now."""
-        self._cut_now.set()
+        self.marks.forget(id)
 
     def position(self, volume: bytes) -> m.VolumePosition:
         """Where the vault stands with a volume of this session."""
         return self._positions[volume]
 
-    def passed_over(self, volume: bytes, lsn: int) -> None:
-        """Nothing came up to ``lsn`` that would be worth a cut."""
-        self._last_cut[volume] = lsn
-
-    def _scans(self) -> set[bytes]:
-        return {id for id, replica in self.replicas.items() if replica.scanned}
-
-    def _fuzzy_anyway(self) -> set[bytes]:
-        return {id for id, replica in self.replicas.items() if replica.fuzzy_anyway()}
-
-    def _unserved(self) -> set[bytes]:
-        return {id for id, replica in self.replicas.items() if not replica.served}
-
-    async def cut(self, tag: str | None) -> int:
-        """Take a cut now and return the cut_seq of its MARK, which is on its way then.
-
-        Raises:
-            Unreachable: The tap is away, or the MARK could not be sent in time.
-        """
-        cut = await self._cut(tag)
-        if cut.seq in self._sent_cuts:  # the journal told of it before the tap did
-            return self._marked(self._sent_cuts[cut.seq])
-        sent: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        self._awaited[cut.seq] = sent
-        self._took(cut)
-        try:
-            async with asyncio.timeout(MARK_S):
-                return self._marked(await sent)
-        except TimeoutError as error:
-            raise Unreachable("the cut could not be sent yet", why=f"not within {MARK_S:g} s") from error
-        finally:
-            self._awaited.pop(cut.seq, None)
-
-    def _marked(self, seq: int | None) -> int:
-        if seq is None:
-            raise Unreachable("the cut was given up", why="a volume's journal was opened again meanwhile")
-        return seq
-
     async def resync(self, replica: Replica) -> None:
         """Compare a whole volume again, at somebody's wish."""
         stream = self.streams.get(replica.spec.id)
         if stream is not None:
-            self._drop_job(stream)
+            self.works.drop(stream)
             stream.copied, stream.resync = False, True
             stream.resync_at = replica.state().incarnation
             replica.resync = True
@@ -311,13 +245,11 @@ class Session:
             return
         failpoint("agent.before_ack_taken")
         self.acked = True
-        mark: m.Mark | None = None
-        for seq in [seq for seq in self._unacked if seq <= ack.cut_seq]:
-            mark = self._unacked.pop(seq)
+        mark = self.marks.vaulted(ack.cut_seq)
         copied = self._copied_in(mark) if mark is not None else set()
         # What is scanned may be fuzzy for ever, and so may what is not served: neither keeps another volume
         # from being protected.
-        apart = self._scans() | self._unserved()
+        apart = scanned(self.replicas) | unserved(self.replicas)
         for vaulted in ack.volumes:
             stream, replica = self.streams.get(vaulted.id), self.replicas.get(vaulted.id)
             if stream is None or replica is None:
@@ -361,7 +293,7 @@ class Session:
     async def _copied(self, stream: cuts.Stream, replica: Replica, *, offerable: bool) -> None:
         """The vault has all of the volume."""
         if stream.job is not None and stream.job.kind != "heal":
-            self._end_job(stream)
+            self.works.end(stream)
         if isinstance(replica, ScanReplica):
             self._passes.vaulted(stream, replica)
             return
@@ -370,7 +302,7 @@ class Session:
             # The tap calls every cut fuzzy until it hears this. What was vaulted holds from here on: a cut
             # at or above the end of the reads is a prefix, whatever happens to agent or tap meanwhile.
             await self._quietly(self.tap.resync_done(stream.id))
-            self.want_cut()
+            self.marks.want()
         if not offerable:
             return
         stream.resync = replica.resync = False
@@ -411,7 +343,7 @@ class Session:
                 stream = self.streams.get(id)
                 if stream is not None and stream.sending:
                     busy |= await self._send_records(stream, replica)
-            busy |= await self._send_marks()
+            busy |= await self.marks.send()
             if not busy:
                 try:
                     async with asyncio.timeout(POLL_S):
@@ -449,143 +381,14 @@ class Session:
             self.replicas[stream.id].safe.clear()
             raise Restart("a gap in a journal met copies under way")
         for cut in frame.cuts:
-            self._pending.add(cuts.served(cut))
+            self.marks.found(cut)
         if frame.raw is None:
             await self.link.send(frame.message)
             return
         assert isinstance(frame.message, m.Data)
         await self.link.send_raw(frame.message, frame.raw)
         self.counters.sent("raw", len(frame.raw))
-        records, size = self._since_mark
-        self._since_mark = (records + sum(len(rows) for _, rows in frame.batches), size + len(frame.raw))
-
-    def _all_open(self) -> bool:
-        """Every volume found its place; one that cannot is not waited for longer than a moment."""
-        now_s = time.monotonic()
-        for id, replica in self.replicas.items():
-            stream = self.streams.get(id)
-            if replica.awaited(now_s):
-                return False  # the tap is still opening it, for as long as the service says
-            if stream is not None and (stream.opened or not replica.served):
-                self._unopened.pop(id, None)
-            elif now_s - self._unopened.setdefault(id, now_s) <= OPEN_S:
-                return False
-        return True
-
-    async def _send_marks(self) -> bool:
-        sent = False
-        if self._cutting and self._scans():
-            return False
-        all_open = self._all_open()
-        while all_open and (cut := self._pending.first()) is not None:
-            if cuts.lost(cut, self.streams):
-                log.info("cut_skipped", seq=cut.seq, tag=cut.tag)
-                self._pending.remove(cut)
-                self._settle_cut(cut, None)
-                continue
-            if not cuts.ready(cut, self.streams):
-                break
-            self._pending.remove(cut)
-            await self._send_mark(cut)
-            sent = True
-        records, size = self._since_mark
-        if records > cuts.OWN_RECORDS or size > cuts.OWN_BYTES:
-            dirty = not all_open or any(
-                state is None or state.dirty_regions > 0 or state.capture_mode != DATA
-                for state in (replica.state_or_none() for replica in self.replicas.values())
-            )
-            await self._send_mark(cuts.own_cut(self.streams, time.time_ns(), dirty=dirty))
-            sent = True
-        return sent
-
-    async def _send_mark(self, cut: Cut) -> None:
-        seq = self._pending.wire_seq(cut)
-        mark = cuts.make_mark(cut, seq, self.streams)
-        self._since_mark = (0, 0)
-        self._unacked[seq] = mark
-        self._last_fuzzy = cuts.is_fuzzy(mark, without=self._fuzzy_anyway())
-        self._away |= self._unserved()
-        failpoint("agent.before_mark")
-        await self.link.send(mark)
-        failpoint("agent.after_mark")
-        self._settle_cut(cut, seq)
-
-    def _settle_cut(self, cut: Cut, seq: int | None) -> None:
-        """A cut's MARK was sent as ``seq``, or never will be: tell whoever waits for it, or comes to."""
-        if not cut.seq:
-            return  # our own
-        self._sent_cuts[cut.seq] = seq
-        while len(self._sent_cuts) > MARKS_UNACKED_MAX:
-            del self._sent_cuts[next(iter(self._sent_cuts))]
-        awaited = self._awaited.get(cut.seq)
-        if awaited is not None and not awaited.done():
-            awaited.set_result(seq)
-
-    # --- cuts ---
-
-    async def _take_cuts(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(max(0.05, self.policy.point_interval_s)):
-                    await self._cut_now.wait()
-                    # What comes within a moment belongs to the same cut.
-                    await asyncio.sleep(0.02)
-            except TimeoutError:
-                pass
-            self._cut_now.clear()
-            if len(self._unacked) >= MARKS_UNACKED_MAX or self._awaiting() or not self._needs_cut():
-                continue
-            try:
-                self._took(await self._cut(None))
-            except Unreachable as error:
-                log.warning("no_cut", error=str(error))
-
-    def _awaiting(self) -> bool:
-        """No MARK would be sent: the tap is still opening a volume, which would not be in a cut of now."""
-        now_s = time.monotonic()
-        return any(replica.awaited(now_s) for replica in self.replicas.values())
-
-    async def _cut(self, tag: str | None) -> Cut:
-        """Have a cut taken; with scanned volumes no MARK is sent meanwhile.
-
-        The tap's journals tell of the same cut, perhaps before this returns, but without those volumes.
-        """
-        self._cutting += 1
-        try:
-            return await self.tap.cut(tag)
-        finally:
-            self._cutting -= 1
-
-    def _took(self, cut: Cut) -> None:
-        cut = cuts.served(cut)
-        self._pending.add(cut)
-        for entry in cut.volumes:
-            self._last_cut[entry.volume] = entry.lsn
-        self._send_now.set()
-
-    def _needs_cut(self) -> bool:
-        """Records came, copies wait, or a point would be better than the last."""
-        better, counted = self._last_fuzzy, False
-        for id, stream in self.streams.items():
-            replica = self.replicas.get(id)
-            state = replica.state_or_none() if replica is not None else None
-            job = stream.job
-            copied = job is not None and job.kind != "heal" and job.finished and not stream.copied
-            wants = bool(stream.rule.waiting or copied)
-            if replica is not None and replica.fuzzy_anyway() and not (wants and replica.served):
-                continue
-            counted = True
-            if state is None or not stream.sending:
-                better = False
-                continue
-            if wants or state.captured_lsn > self._last_cut.get(id, stream.mark[1]):
-                return True
-            flagged = state.flags & RESYNC_REQUIRED
-            if state.dirty_regions or state.capture_mode == BITMAP or flagged or not stream.copied:
-                better = False
-            if state.captured_lsn < stream.rule.copy_end:
-                better = False
-        return better and counted and not self._unacked
+        self.marks.records_sent(sum(len(rows) for _, rows in frame.batches), len(frame.raw))
 
     # --- copying ---
 
@@ -613,11 +416,7 @@ class Session:
         if not stream.opened:
             await self._open(replica)
             return
-        if stream.id in self._away:
-            # The last points were as good as they could be without it; the next one has it again.
-            self._away.discard(stream.id)
-            self._last_fuzzy = True
-            self.want_cut()
+        self.marks.served(stream.id)
         state = replica.state()
         if state.flags & RESYNC_REQUIRED and not (stream.resync and state.incarnation == stream.resync_at):
             # The tap found out, or was told, that writes may have passed it by: once more, or for the first
@@ -644,7 +443,7 @@ class Session:
             # Not compared: what is dirty was written, and asking costs the server a table of the volume.
             job = Job("heal", units, compare=False, after=replica.state().captured_lsn)
             self._heals[stream.id] = dirty
-            self.begin_job(stream, job)
+            self.works.begin(stream, job)
             log.info("healing_started", volume=replica.spec.name, bytes=job.total_bytes)
 
     def _start_full(self, stream: cuts.Stream, replica: Replica, state: State) -> None:
@@ -653,7 +452,7 @@ class Session:
         # Whatever the vault has was perhaps made before writes that went past the journal.
         after = 0 if empty and not stream.resync else state.captured_lsn
         job = Job("resync" if stream.resync else "initial", units, compare=not empty, after=after)
-        self.begin_job(stream, job)
+        self.works.begin(stream, job)
         log.info(
             "copying_started",
             volume=replica.spec.name,
@@ -661,13 +460,6 @@ class Session:
             bytes=job.total_bytes,
             compare=job.compare,
         )
-
-    def begin_job(self, stream: cuts.Stream, job: Job) -> None:
-        """Hand out the units of ``job`` to the copiers from now on."""
-        stream.rule.track()
-        stream.job = job
-        if job.finished:
-            self.want_cut()
 
     async def _healed(self, stream: cuts.Stream) -> None:
         dirty = self._heals.pop(stream.id)
@@ -677,89 +469,11 @@ class Session:
         except Conflict as error:
             # Writes went past the journal again: another round.
             log.info("healing_overtaken", volume=self.replicas[stream.id].spec.name, error=str(error))
-            self._end_job(stream)
+            self.works.end(stream)
             return
-        self._end_job(stream)
-        self.want_cut()
+        self.works.end(stream)
+        self.marks.want()
         log.info("healed", volume=self.replicas[stream.id].spec.name, regions=len(dirty.regions))
-
-    def _end_job(self, stream: cuts.Stream) -> None:
-        stream.job = None
-        stream.rule.forget()
-        replica = self.replicas[stream.id]
-        replica.remaining_bytes = None
-
-    def _drop_job(self, stream: cuts.Stream) -> None:
-        """Its work under way goes on and is placed; nobody counts it."""
-        stream.job = None
-
-    def next_work(self, number: int) -> ipc.Work | None:
-        """For the copiers: the next unit of any volume whose copy rule allows reading now."""
-        # What is scanned comes last: a pass may take hours, and a tap's volume is fuzzy until it is whole.
-        scans = self._scans()
-        for stream in sorted(self.streams.values(), key=lambda stream: stream.id in scans):
-            job = stream.job
-            replica = self.replicas.get(stream.id)
-            if job is None or not job.waiting or stream.paused or replica is None:
-                continue
-            state = replica.state_or_none()
-            if state is None or not stream.rule.ready(state.applied_lsn, job.after):
-                continue
-            if job.kind == "heal" and state.capture_mode == BITMAP:
-                continue
-            unit = job.take(number)
-            if unit is None:
-                continue
-            stream.rule.reading(number, state.applied_lsn)
-            self._works[number] = (stream, job)
-            scan = state.captured_lsn if replica.scanned else 0
-            volume = ipc.Volume(stream.id, str(replica.spec.disk), str(replica.spec.state_page), scan)
-            return ipc.Work(number, volume, unit.offset, unit.length, job.compare, state.applied_lsn)
-        return None
-
-    def taken(self, message: ipc.Taken) -> None:
-        """For the copiers: the server has a COPY."""
-        found = self._works.get(message.work)
-        if found is None:
-            return
-        stream, job = found
-        stream.rule.seen(message.captured_lsn)
-        stream.rule.accepted(AcceptedCopy(message.token, message.offset, message.length, message.applied_lsn))
-        job.accepted(message.work, message.token)
-
-    def done(self, message: ipc.Done) -> None:
-        """For the copiers: a unit is finished."""
-        found = self._works.pop(message.work, None)
-        if found is None:
-            return
-        stream, job = found
-        stream.rule.seen(message.captured_lsn)
-        stream.rule.read(message.work)
-        job.done(message.work)
-        self.counters.sent("raw", message.sent_bytes)
-        self.counters.sent("wire", message.wire_bytes)
-        for what in ("sent_bytes", "referenced_bytes", "zero_bytes", "same_bytes"):
-            self.counters.record(what, getattr(message, what))
-        if job.finished and stream.job is job:
-            self.want_cut()
-
-    def given_back(self, numbers: list[int], reason: str, text: str, volume: bytes) -> None:
-        """For the copiers: one of them is gone."""
-        for number in numbers:
-            found = self._works.pop(number, None)
-            if found is None:
-                continue
-            stream, job = found
-            stream.rule.read(number)
-            job.give_back(number)
-            replica = self.replicas.get(stream.id)
-            if reason != "disk" or replica is None or stream.id != volume:
-                continue
-            why = f"the disk cannot be read: {text}"
-            if not isinstance(replica, ScanReplica):
-                replica.problem = why
-            elif stream.job is job:
-                self._passes.failed(stream, replica, why)
 
 
 def _start_at_first(journal: Journal) -> None:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from agent.config import AgentConfig
 from agent.metrics import Metrics
-from agent.replicate import session as session_module
+from agent.replicate import marks as marks_module
 from agent.replicate.replica import Replica
 from agent.replicate.replicator import Replicator
 from farshore.units import MIB
@@ -110,7 +110,7 @@ async def until(condition: Callable[[], bool], what: str, seconds: float = 60) -
 def quiet(replicator: Replicator) -> bool:
     """No cut is wanted and none is on its way."""
     session = replicator._session
-    return session is not None and not session._unacked and not session._needs_cut()
+    return session is not None and not session.marks.unacked and not session.marks.needed()
 
 
 async def both_copied(machine: Machine, address: tuple[str, int]) -> None:
@@ -188,7 +188,7 @@ async def test_points_wait_for_a_volume_that_is_being_opened_but_not_for_ever(
     async with site.server(workers=1, point_interval_s=0.1) as server:
         await both_copied(machine, server.address)
         before = len(site.commits())
-        monkeypatch.setattr(session_module, "OPEN_S", 2.0)
+        monkeypatch.setattr(marks_module, "OPEN_S", 2.0)
 
         def expected(more: Replica) -> None:
             more.expect(time.monotonic() + 600)
@@ -199,7 +199,7 @@ async def test_points_wait_for_a_volume_that_is_being_opened_but_not_for_ever(
             await asyncio.sleep(3.0)  # longer than for one that is served and finds no place in its journal
             assert len(site.commits()) == before
             assert replicator._session is not None
-            assert not replicator._session._pending
+            assert not replicator._session.marks.pending
             more.found()
             await until(machine.is_whole, "everything is vaulted")
             assert [commit.head.consistency for commit in site.commits()[before:]].count("fuzzy") == 0

@@ -122,20 +122,20 @@ async def test_no_mark_is_sent_while_a_cut_over_scanned_volumes_is_taken(
         return whole
 
     session.link.send, tap.cut = send, cut  # type: ignore[method-assign,attr-defined]
-    taking = asyncio.create_task(session._cut(None))
+    taking = asyncio.create_task(session.marks._cut(None))
     await asyncio.wait_for(asked.wait(), 10)
     # The journal tells of it already, without the volume that has no journal.
-    session._pending.add(Cut(7, 0, None, (entry,)))
+    session.marks.pending.add(Cut(7, 0, None, (entry,)))
     session.replicas[b"w" * 16] = SimpleNamespace(  # type: ignore[assignment]
         scanned=True, served=True, journal=None, fuzzy_anyway=lambda: False, awaited=lambda now_s: False
     )
     session._place(m.VolumePosition(b"w" * 16, INCARNATION, 1, 1, bytes(32), True, 0, False))
     session.streams[b"w" * 16].opened = True
-    assert not await session._send_marks()
+    assert not await session.marks.send()
     answer.set()
-    session._took(await taking)
-    assert session._pending.first() == whole
-    assert await session._send_marks()
+    session.marks._took(await taking)
+    assert session.marks.pending.first() == whole
+    assert await session.marks.send()
     assert isinstance(sent[-1], m.Mark)
 
 
@@ -159,10 +159,10 @@ async def test_who_asked_for_a_cut_is_told_also_when_the_journal_was_faster_than
         return whole
 
     session.link.send, tap.cut = send, cut  # type: ignore[method-assign,attr-defined]
-    taking = asyncio.create_task(session.cut("t"))
+    taking = asyncio.create_task(session.marks.take("t"))
     await asyncio.wait_for(asked.wait(), 10)
-    session._pending.add(whole)
-    assert await session._send_marks() != given_up
+    session.marks.pending.add(whole)
+    assert await session.marks.send() != given_up
     answer.set()
     if given_up:
         with pytest.raises(Unreachable, match="given up"):
@@ -185,21 +185,21 @@ def test_a_tap_s_copy_goes_before_a_pass_over_a_scanned_disk(
     position = m.VolumePosition(b"a" * 16, bytes(16), 0, 0, bytes(32), False, 0, True)
     root.open(position)
     begun = root.begin(root.look(), position)
-    session.streams = {}
+    session.streams.clear()
     session.replicas[root.spec.id] = root
     for place in (position, session.welcome.volumes[0]):
         session._place(place)
         job = Job("resync", whole_volume(1 << 20), compare=True, after=0)
-        session.begin_job(session.streams[place.id], job)
+        session.works.begin(session.streams[place.id], job)
     assert list(session.streams) == [root.spec.id, VOLUME]
-    works = [session.next_work(number) for number in (1, 2)]
+    works = [session.works.next_work(number) for number in (1, 2)]
     assert [(work.volume.id, work.volume.scan) for work in works if work is not None] == [
         (VOLUME, 0),
         (root.spec.id, begun.number),
     ]
     assert replica.spec.id == VOLUME
     # A copier that cannot read one of the disks says which: the other is not blamed.
-    session.given_back([1, 2], "disk", "it is gone", root.spec.id)
+    session.works.given_back([1, 2], "disk", "it is gone", root.spec.id)
     assert (replica.problem, root.problem) == ("", "the disk cannot be read: it is gone")
     assert session.streams[root.spec.id].job is None
     assert session.streams[VOLUME].job is not None
@@ -211,10 +211,10 @@ async def test_a_machine_of_disks_that_are_fuzzy_anyway_asks_for_no_better_cut(
 ) -> None:
     session, replica, _, _ = parts
     await session._open(replica)
-    session._last_cut[VOLUME] = 9
-    assert session._needs_cut()  # the last one was fuzzy, and the tap's would not be
+    session.marks.passed_over(VOLUME, 9)
+    assert session.marks.needed()  # the last one was fuzzy, and the tap's would not be
     replica.fuzzy_anyway = lambda: True  # type: ignore[method-assign]
-    assert not session._needs_cut()
+    assert not session.marks.needed()
 
 
 async def test_a_resync_is_not_over_by_what_was_copied_before_it(
@@ -231,7 +231,7 @@ async def test_a_resync_is_not_over_by_what_was_copied_before_it(
             seqs.append(message.cut_seq)
 
     async def mark() -> None:
-        await session._send_mark(Cut(0, 0, None, (CutVolume(VOLUME, INCARNATION, 3, False),)))
+        await session.marks._send_mark(Cut(0, 0, None, (CutVolume(VOLUME, INCARNATION, 3, False),)))
 
     async def ack(seq: int) -> None:
         here = m.Vaulted(VOLUME, INCARNATION, 3, bytes(32))
@@ -270,8 +270,8 @@ async def test_a_gap_in_a_journal_ends_only_a_session_that_is_reading_the_disk(
         sent.append(message)
 
     session.link.send = send  # type: ignore[method-assign]
-    session.begin_job(stream, Job("resync", whole_volume(1 << 20), compare=True, after=0))
-    assert not reading or session.next_work(1) is not None
+    session.works.begin(stream, Job("resync", whole_volume(1 << 20), compare=True, after=0))
+    assert not reading or session.works.next_work(1) is not None
     start = IncarnationStart(Incarnation(b"j" * 16, 2, INCARNATION, 3, bytes(32)), 21)
     frame = Frame(start_message(VOLUME, start, resync=True), started=start)
     if reading:
@@ -282,4 +282,4 @@ async def test_a_gap_in_a_journal_ends_only_a_session_that_is_reading_the_disk(
     await session._send_frame(stream, frame)
     assert sent == [frame.message]
     # What is applied is told as LSN 4 still: by the state page of the journal before the gap.
-    assert session.next_work(1) is None
+    assert session.works.next_work(1) is None
