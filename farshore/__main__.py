@@ -27,6 +27,7 @@ RUNTIME_MODULES = (
     "cryptography",
     "msgspec",
     "numpy",
+    "obstore",
     "prometheus_client",
     "rich",
     "sqlalchemy",

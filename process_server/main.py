@@ -38,6 +38,7 @@ from process_server.service import ProcessServer
 from process_server.vault.control import ControlStore
 from process_server.vault.keys import VaultKeys, open_vault
 from process_server.vault.store import Store, open_store
+from process_server.vault.store.metered import Meter
 from process_server.vault.store.probe import probe
 
 CERTIFICATE_CHECK_S: Final = 600.0
@@ -59,7 +60,8 @@ def run(directory: Path) -> int:
     configure("server")
     config = load(directory)
     slot = read_slot_key(directory, config)
-    with contextlib.closing(open_store(config.vault, owner=True)) as store:
+    meter = Meter()
+    with contextlib.closing(open_store(config.vault, owner=True, meter=meter)) as store:
         keys = open_vault(store, slot)
         if keys.vault_id != config.vault_bytes:
             raise Conflict(
@@ -69,10 +71,12 @@ def run(directory: Path) -> int:
             )
         probe(store)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(serve(directory, config, store, keys, SystemClock()))
+            return runner.run(serve(directory, config, store, keys, SystemClock(), meter))
 
 
-async def serve(directory: Path, config: ServerConfig, store: Store, keys: VaultKeys, clock: Clock) -> int:
+async def serve(
+    directory: Path, config: ServerConfig, store: Store, keys: VaultKeys, clock: Clock, meter: Meter
+) -> int:
     """Run everything that belongs to one process server; returns the exit code. Raises as `run`."""
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     _stop_on_signals(stopped)
@@ -85,7 +89,12 @@ async def serve(directory: Path, config: ServerConfig, store: Store, keys: Vault
     await identity.renew_server()
     opened = await asyncio.to_thread(open_catalog, Layout(directory).catalog)
     catalog = CatalogKeeper(opened) if opened is not None else None
-    server = ProcessServer(config, store, keys, control, clock, registry, identity=identity, catalog=catalog)
+    server = ProcessServer(
+        *(config, store, keys, control, clock, registry),
+        identity=identity,
+        catalog=catalog,
+        meter=meter,
+    )
     identity.on_deny(server.deny)
     services = _Services(server, identity, store, keys, catalog)
     expiry = Gauge(

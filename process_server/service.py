@@ -42,6 +42,7 @@ from process_server.vault.control import ControlStore
 from process_server.vault.dedup import DedupIndex
 from process_server.vault.keys import VaultKeys
 from process_server.vault.store import Store
+from process_server.vault.store.metered import Meter
 
 PACE_MIN_S: Final = 0.5
 PING_S: Final = 1.0
@@ -87,6 +88,7 @@ class ProcessServer:
         identity: Enrolment and who is allowed.
         index: Which chunks the vault has; a cache, an empty one by default.
         catalog: Follows the chains, behind the acknowledgements; may be absent.
+        meter: Counts what ``store`` is asked; what the workers ask is added to it.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class ProcessServer:
         identity: Identity,
         index: DedupIndex | None = None,
         catalog: CatalogKeeper | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._config, self._store, self._keys, self._control = config, store, keys, control
         self._clock, self._identity = clock, identity
@@ -112,7 +115,7 @@ class ProcessServer:
         self._tls = Tls(b"", b"", b"")
         self._known: dict[bytes, str] = {}
         self._catalog = catalog
-        self.metrics = IngestMetrics(registry, self)
+        self.metrics = IngestMetrics(registry, self, meter or Meter())
         self.ready = asyncio.Event()
         self.address: tuple[str, int] = ("", 0)
         self._pool = WorkerPool(config.ingest.workers, self._setup, self._receive, self._worker_died)
@@ -444,6 +447,8 @@ class ProcessServer:
                 self._closed(connection, code, text)
             case ipc.Counts():
                 self.metrics.count(message)
+            case ipc.StoreUse(rows=rows):
+                self.metrics.store.add(rows)
             case ipc.Fault(text=text):
                 log.error("ingest_frame_failed", error=text)
 

@@ -29,6 +29,9 @@ import pytest
 
 from farshore.cli.test import RESULT_ENVIRONMENT
 from tests.harness.faults import FAULTS, Injected
+from tests.harness.object_stores import azurite, rclone_s3, seaweedfs
+
+__all__ = ["azurite", "rclone_s3", "seaweedfs"]  # fixtures
 
 _LOOP_CTL_GET_FREE: Final = 0x4C82  # linux/loop.h
 

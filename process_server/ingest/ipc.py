@@ -189,6 +189,12 @@ class DataRows(Message, frozen=True):
     tail: bytes
 
 
+class StoreUse(Message, frozen=True):
+    """What the worker asked of the store since the last such message: rows of `Meter.take`."""
+
+    rows: tuple[tuple[str, str, int, int, float, tuple[int, ...]], ...]
+
+
 class PackStored(Message, frozen=True):
     """A pack's PUT was answered. ``error`` not empty: it was not. Raw: its chunk ids in order."""
 
@@ -252,6 +258,7 @@ _to_main: Final = msgspec.msgpack.Decoder(
     | Closed
     | Fault
     | Counts
+    | StoreUse
 )
 
 

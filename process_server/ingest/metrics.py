@@ -8,6 +8,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from process_server.ingest import ipc
+from process_server.vault.store.metered import Meter
 
 
 class StatusSource(Protocol):
@@ -15,9 +16,13 @@ class StatusSource(Protocol):
 
 
 class IngestMetrics:
-    """Counters that the service adds to, and gauges read from ``source.status()`` at each scrape."""
+    """Counters that the service adds to, and gauges read from ``source.status()`` at each scrape.
 
-    def __init__(self, registry: CollectorRegistry, source: StatusSource) -> None:
+    ``store`` counts what the main process asks of the store; the workers' counts are added to it.
+    """
+
+    def __init__(self, registry: CollectorRegistry, source: StatusSource, store: Meter) -> None:
+        self.store = store
         self.received_bytes = Counter(
             "farshore_received_bytes_total", "Bytes of frames from agents, after TLS.", registry=registry
         )
@@ -58,6 +63,7 @@ class IngestMetrics:
             "farshore_ingest_worker_deaths_total", "Workers that died and were replaced.", registry=registry
         )
         registry.register(_Gauges(source))
+        registry.register(store)
 
     def count(self, counts: ipc.Counts) -> None:
         self.received_bytes.inc(counts.wire_bytes)

@@ -38,6 +38,7 @@ from process_server.ingest.tls import RECEIVE_BYTES, Buffer, Connection
 from process_server.vault.keys import VaultKeys
 from process_server.vault.pack import SealedPack
 from process_server.vault.store import Store, open_store
+from process_server.vault.store.metered import Meter
 
 HELD_BYTES_MAX: Final = 40 * MIB
 """Raw parts of whole frames in this worker; beyond it no connection is read."""
@@ -267,6 +268,7 @@ class Worker:
         self._context: ssl.SSLContext | None = None
         self._setup: ipc.Setup | None = None
         self._store: Store | None = None
+        self._meter = Meter()
         self._keys: VaultKeys | None = None
         self._requests: dict[int, asyncio.Future[bytes]] = {}
         self._request = 0
@@ -392,7 +394,7 @@ class Worker:
     def _set_up(self, setup: ipc.Setup) -> None:
         self._setup = setup
         self._keys = VaultKeys.from_bytes(setup.keys)
-        self._store = open_store(setup.vault_url)
+        self._store = open_store(setup.vault_url, meter=self._meter)
         self._context = server_context(setup.certificate, setup.private_key, setup.ca)
         self.channel.send(ipc.Ready())
 
@@ -537,6 +539,8 @@ class Worker:
             if self._wire_bytes or any(counts) or self.counts_repeats:
                 self.channel.send(ipc.Counts(self._wire_bytes, *counts, self.counts_repeats))
                 self._wire_bytes = self.counts_repeats = 0
+            if used := self._meter.take():
+                self.channel.send(ipc.StoreUse(used))
 
 
 def main(control_fd: int, accepted_fd: int, parent: int) -> None:

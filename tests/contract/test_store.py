@@ -1,8 +1,9 @@
-"""One suite for every store, the one in memory and the faulty wrapper included."""
+"""One suite for every store: in memory, in a directory, in real object stores, and through each wrapper."""
 
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from farshore.errors import FarshoreError, NotFound, Unreachable
+from process_server.vault.store import open_store
 from process_server.vault.store.file import FileStore
 from process_server.vault.store.memory import MemoryStore
+from process_server.vault.store.metered import Meter, MeteredStore
 from process_server.vault.store.probe import probe
 from process_server.vault.store.protocol import AlreadyExists, Body, Precondition, Store
+from process_server.vault.store.retrying import RetryingStore
 from process_server.vault.store.settle import put_same
 from tests.fakes.store import Fault, FaultyStore, How
 
@@ -22,12 +26,20 @@ MAKERS: dict[str, Callable[[Path], Store]] = {
     "file": lambda path: FileStore(path / "vault", create=True),
     "file, owned": lambda path: FileStore(path / "vault", owner=True, create=True),
     "faulty": lambda path: FaultyStore(MemoryStore()),
+    "retrying and metered": lambda path: RetryingStore(MeteredStore(MemoryStore(), Meter())),
 }
+PEERS = {"seaweedfs": "weed", "azurite": "azurite-blob"}
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(
+    params=[*MAKERS, *(pytest.param(name, marks=pytest.mark.needs(need)) for name, need in PEERS.items())]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    made = MAKERS[request.param](tmp_path)
+    name = request.param
+    if name in PEERS:
+        made = open_store(request.getfixturevalue(name).url())
+    else:
+        made = MAKERS[name](tmp_path)
     yield made
     made.close()
 
@@ -143,7 +155,9 @@ def test_what_is_not_there_is_not_found(store: Store) -> None:
         lambda: store.get("x"),
         lambda: store.get_with_etag("x"),
         lambda: store.get_range("x", 0, 1),
+        lambda: store.get_range("x", 0, 0),
         lambda: store.size("x"),
+        lambda: store.modified_s("x"),
         lambda: store.get("a/b/c"),
     ]
     for call in calls:
@@ -187,6 +201,13 @@ def test_names_that_are_none_are_our_own_mistake(store: Store, name: str) -> Non
     for call in calls:
         with pytest.raises(ValueError, match="not the name"):
             call()
+
+
+def test_an_object_is_as_old_as_the_store_says(store: Store) -> None:
+    before_s = time.time()
+    store.put_new("x", b"1")
+    # Some say it to the second only, and what a minute hides is no matter to anybody.
+    assert before_s - 60 < store.modified_s("x") < time.time() + 60
 
 
 def test_a_range_before_the_object_is_our_own_mistake(store: Store) -> None:

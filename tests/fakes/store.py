@@ -74,6 +74,9 @@ class FaultyStore:
     def size(self, name: str) -> int:
         return self._call("size", name, lambda: self._store.size(name))
 
+    def modified_s(self, name: str) -> float:
+        return self._call("modified_s", name, lambda: self._store.modified_s(name))
+
     def list(self, prefix: str) -> Iterator[str]:
         return self._call("list", prefix, lambda: self._store.list(prefix))
 

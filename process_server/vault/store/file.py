@@ -156,6 +156,13 @@ class FileStore:
         finally:
             os.close(fd)
 
+    def modified_s(self, name: str) -> float:
+        fd = self._open(name)
+        try:
+            return os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+
     def list(self, prefix: str) -> Iterator[str]:
         folder = prefix.rpartition("/")[0]
         if folder and not is_name(folder):

@@ -1,6 +1,7 @@
 """A store in memory: for tests and tools, under the same contract as the others."""
 
 import threading
+import time
 from collections.abc import Iterator
 from itertools import count
 
@@ -13,6 +14,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._objects: dict[str, tuple[bytes, str]] = {}
+        self._modified_s: dict[str, float] = {}
         self._lock = threading.Lock()
         self._versions = count(1)
 
@@ -22,6 +24,7 @@ class MemoryStore:
             if name in self._objects:
                 raise AlreadyExists("cannot create the object", where=name, why="it exists")
             self._objects[name] = (body_bytes(body), str(next(self._versions)))
+            self._modified_s[name] = time.time()
 
     def get(self, name: str) -> bytes:
         return self.get_with_etag(name)[0]
@@ -42,6 +45,11 @@ class MemoryStore:
     def size(self, name: str) -> int:
         return len(self.get(name))
 
+    def modified_s(self, name: str) -> float:
+        self.get(name)
+        with self._lock:
+            return self._modified_s[name]
+
     def list(self, prefix: str) -> Iterator[str]:
         with self._lock:
             names = [name for name in self._objects if name.startswith(prefix)]
@@ -55,6 +63,7 @@ class MemoryStore:
                 raise Precondition("cannot replace the object", where=name, why="it has changed")
             etag = str(next(self._versions))
             self._objects[name] = (body_bytes(body), etag)
+            self._modified_s[name] = time.time()
         return etag
 
     def delete(self, name: str) -> None:

@@ -58,6 +58,14 @@ class Store(Protocol):
         """Return the object's length in bytes. Raises NotFound."""
         ...
 
+    def modified_s(self, name: str) -> float:
+        """Return when the object was written by the store's clock, Unix time; perhaps to the second.
+
+        Raises:
+            NotFound: There is none.
+        """
+        ...
+
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the names that begin with ``prefix``, in no order; one made or deleted meanwhile may lack.
 

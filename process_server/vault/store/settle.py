@@ -15,6 +15,11 @@ def put_same(store: Store, name: str, body: Body) -> None:
     try:
         store.put_new(name, body)
     except AlreadyExists:
-        length = sum(len(piece) for piece in buffers_of(body))
-        if store.size(name) != length or store.get(name) != body_bytes(body):
+        if not holds(store, name, body):
             raise
+
+
+def holds(store: Store, name: str, body: Body) -> bool:
+    """Tell whether ``name`` is exactly these bytes. Raises NotFound."""
+    length = sum(len(piece) for piece in buffers_of(body))
+    return store.size(name) == length and store.get(name) == body_bytes(body)

@@ -1,4 +1,4 @@
-"""What is particular to the store in a directory, the addresses, and the start-up probe."""
+"""What is particular to the store in a directory, its address, and the start-up probe."""
 
 import errno
 import fcntl
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from process_server.vault.store.file import FileStore
 from process_server.vault.store.memory import MemoryStore
 from process_server.vault.store.probe import probe
 from process_server.vault.store.protocol import AlreadyExists
+from tests.fakes.clock import ManualClock
 from tests.fakes.store import Fault, FaultyStore, ForgetfulStore
 from tests.harness.faults import Injected
 
@@ -38,17 +40,17 @@ def test_an_address_opens_a_directory(path: Path) -> None:
     assert files_below(path) == {"a/b"}
 
 
+def test_an_address_with_a_password_is_refused_without_saying_it() -> None:
+    with pytest.raises(ConfigError) as refused:
+        open_store("https://me:hunter2@host/x")
+    assert "hunter2" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "url", ["", "vault", "/var/vault", "ftp://x/y", "file://host/x", "file:x", "file:///x?y", "file:///%00"]
 )
 def test_other_addresses_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="write file:///"):
-        open_store(url)
-
-
-@pytest.mark.parametrize("url", ["s3://bucket/prefix", "az://container"])
-def test_object_stores_are_said_to_come_later(url: str) -> None:
-    with pytest.raises(ConfigError, match="come in a later version"):
         open_store(url)
 
 
@@ -275,6 +277,29 @@ def test_readers_never_see_half_of_what_is_swapped(path: Path) -> None:
 def test_the_probe_finds_a_store_that_ignores_conditions() -> None:
     with pytest.raises(ConfigError, match="a create never replaces"):
         probe(ForgetfulStore(MemoryStore()))
+
+
+@pytest.mark.parametrize("seconds", [-86_450, -450, 450, 259_250])
+def test_the_probe_finds_a_clock_that_is_wrong(seconds: float) -> None:
+    store = MemoryStore()
+    with pytest.raises(ConfigError, match=rf"clock differs from the store's: by {abs(seconds) // 100:.0f}"):
+        probe(store, ManualClock(wall_ns=time.time_ns() + int(seconds * 1e9)))
+    assert list(store.list("")) == []
+
+
+@pytest.mark.parametrize("seconds", [-200, 0, 200])
+def test_the_probe_takes_clocks_that_differ_a_little(seconds: float) -> None:
+    probe(MemoryStore(), ManualClock(wall_ns=time.time_ns() + int(seconds * 1e9)))
+
+
+class Refusing(MemoryStore):
+    def get_range(self, name: str, at: int, length: int) -> bytes:
+        raise Failed("cannot read the object", why="all of it came")
+
+
+def test_the_probe_names_the_promise_that_a_store_refuses_to_keep() -> None:
+    with pytest.raises(ConfigError, match=r"a part of an object can be read \(all of it came\)"):
+        probe(Refusing())
 
 
 def test_the_probe_passes_on_that_the_store_does_not_answer() -> None:
