@@ -64,6 +64,28 @@ def test_credentials_come_from_systemd(peer: Peer, nobody: pytest.MonkeyPatch, t
 
 
 @both
+def test_the_environment_moves_no_vault_and_weakens_no_request(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        "AWS_BUCKET": "another",
+        "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "true",
+        "AWS_UNSIGNED_PAYLOAD": "true",
+        "AWS_ALLOW_INVALID_CERTIFICATES": "true",
+        "AZURE_STORAGE_ENDPOINT": "http://127.0.0.1:1",
+        "AZURE_STORAGE_USE_EMULATOR": "true",
+        "AZURE_CONTAINER_NAME": "another",
+        "AZURE_STORAGE_ACCOUNT_NAME": "another",
+    }.items():
+        monkeypatch.setenv(name, value)
+    store = ObjectStore(parse_object_address(peer.url()))
+    store.put_new("x", b"1")
+    assert store.get("x") == b"1"
+
+
+@both
 def test_wrong_credentials_are_one_line_without_them(
     peer: Peer, nobody: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ from process_server.vault.store.protocol import (
 
 if TYPE_CHECKING:
     from obstore import PutMode
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import AzureConfig, ClientConfig, RetryConfig, S3Config
 
 CONNECT_S: Final = 10.0
 SILENT_S: Final = 30.0
@@ -214,35 +214,39 @@ def _open(address: ObjectAddress, *, silent: bool) -> S3Store | AzureStore:
 
 
 def _open_s3(address: ObjectAddress, client: "ClientConfig") -> S3Store:
-    store = S3Store(
+    # What is not said here the library takes from the environment; what could move the vault, or make a
+    # request weaker, is said.
+    config: S3Config = {
+        "conditional_put": "etag",
+        "virtual_hosted_style_request": False,
+        "unsigned_payload": False,
+        # One object a request: the other way is not in every store that speaks S3.
+        "disable_bulk_delete": True,
+    }
+    if address.region:
+        config["region"] = address.region
+    if address.endpoint:
+        config["endpoint"] = config["aws_endpoint_url_s3"] = address.endpoint
+    return S3Store(
         address.bucket,
         prefix=address.prefix or None,
-        config={
-            "conditional_put": "etag",
-            # One object a request: the other way is not in every store that speaks S3.
-            "disable_bulk_delete": True,
-            **({"region": address.region} if address.region else {}),
-            **(
-                {"endpoint": address.endpoint, "aws_endpoint_url_s3": address.endpoint}
-                if address.endpoint
-                else {}
-            ),
-        },
+        config=config,
         client_options=client,
         retry_config=_ONCE,
         credential_provider=s3_credentials(),
     )
-    return store
 
 
 def _open_azure(address: ObjectAddress, client: "ClientConfig") -> AzureStore:
+    config: AzureConfig = {"use_emulator": False, "use_fabric_endpoint": False}  # as above
+    if address.account:
+        config["account_name"] = address.account
+    if address.endpoint:
+        config["endpoint"] = address.endpoint
     return AzureStore(
         address.bucket,
         prefix=address.prefix or None,
-        config={
-            **({"account_name": address.account} if address.account else {}),
-            **({"endpoint": address.endpoint} if address.endpoint else {}),
-        },
+        config=config,
         client_options=client,
         retry_config=_ONCE,
         credential_provider=azure_credentials(),
