@@ -7,8 +7,7 @@ import stamina
 from stamina.instrumentation import set_on_retry_hooks
 
 from farshore.errors import NotFound, Unreachable
-from process_server.vault.store.protocol import AlreadyExists, Body, Precondition, Store
-from process_server.vault.store.settle import holds
+from process_server.vault.store.protocol import AlreadyExists, Body, Precondition, Store, body_bytes
 
 T = TypeVar("T")
 
@@ -45,12 +44,27 @@ class RetryingStore:
         self._store, self._total_s, self._pause_s = store, total_s, pause_s
 
     def put_new(self, name: str, body: Body) -> None:
+        met: AlreadyExists | None = None
+
         def put(answers_lost: int) -> None:
+            nonlocal met
+            if met is None:
+                try:
+                    self._store.put_new(name, body)
+                    return
+                except AlreadyExists as exc:
+                    if not answers_lost:
+                        raise
+                    met = exc  # what lies there stays: if the reading is lost, only that is repeated
             try:
-                self._store.put_new(name, body)
-            except AlreadyExists:
-                if not answers_lost or not self._is_ours(name, body):
-                    raise
+                found = self._store.get(name)
+            except NotFound as exc:
+                met = None
+                raise Unreachable(
+                    "cannot create the object", where=name, why="the store says that it exists and that not"
+                ) from exc
+            if found != body_bytes(body):
+                raise met
 
         self._ask(put)
 
@@ -78,9 +92,16 @@ class RetryingStore:
             try:
                 return self._store.cas(name, body, expected)
             except Precondition:
-                if answers_lost and self._is_ours(name, body):
-                    return self._store.get_with_etag(name)[1]
-                raise
+                if not answers_lost:
+                    raise
+            # Bytes and etag of one reading: between two of them it could become another's etag.
+            try:
+                found, etag = self._store.get_with_etag(name)
+            except NotFound:
+                found, etag = b"", ""
+            if not etag or found != body_bytes(body):
+                raise Precondition("cannot replace the object", where=name, why="it has changed")
+            return etag
 
         return self._ask(swap)
 
@@ -89,14 +110,6 @@ class RetryingStore:
 
     def close(self) -> None:
         self._store.close()
-
-    def _is_ours(self, name: str, body: Body) -> bool:
-        try:
-            return holds(self._store, name, body)
-        except NotFound as exc:
-            raise Unreachable(
-                "cannot write the object", where=name, why="the store says both that it exists and that not"
-            ) from exc
 
     def _ask(self, call: Callable[[int], T]) -> T:
         first_s, longest_s = self._pause_s

@@ -15,11 +15,6 @@ def put_same(store: Store, name: str, body: Body) -> None:
     try:
         store.put_new(name, body)
     except AlreadyExists:
-        if not holds(store, name, body):
+        length = sum(len(piece) for piece in buffers_of(body))
+        if store.size(name) != length or store.get(name) != body_bytes(body):
             raise
-
-
-def holds(store: Store, name: str, body: Body) -> bool:
-    """Tell whether ``name`` is exactly these bytes. Raises NotFound."""
-    length = sum(len(piece) for piece in buffers_of(body))
-    return store.size(name) == length and store.get(name) == body_bytes(body)

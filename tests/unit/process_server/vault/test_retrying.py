@@ -54,6 +54,41 @@ def test_a_first_swap_whose_answer_was_lost_succeeds(how: How) -> None:
         assert faulty.get_with_etag("root") == (b"1", etag)
 
 
+@pytest.mark.parametrize("how", ["refused", "applied"])
+def test_the_comparison_after_a_lost_answer_is_asked_again_without_another_create(how: How) -> None:
+    faults = [Fault("put_new", "applied"), Fault("get", how), Fault("get", how, hit=2)]
+    with FaultyStore(MemoryStore(), *faults) as faulty:
+        patient(faulty).put_new("x", b"abc")
+        assert [method for method, _ in faulty.calls] == ["put_new", "put_new", "get", "get", "get"]
+
+
+class Swapping(MemoryStore):
+    """Another writer swaps right after each reading; the answer to the first swap is lost."""
+
+    answers = 0
+
+    def cas(self, name: str, body: Body, expected: str | None) -> str:
+        etag = super().cas(name, body, expected)
+        self.answers += 1
+        if self.answers == 2:
+            raise Unreachable("the answer was lost", where=name)
+        return etag
+
+    def get_with_etag(self, name: str) -> tuple[bytes, str]:
+        found = super().get_with_etag(name)
+        super().cas(name, b"theirs", found[1])
+        return found
+
+
+def test_the_etag_that_a_settled_swap_returns_is_never_another_s() -> None:
+    store = Swapping()
+    first = store.cas("root", b"1", None)
+    etag = patient(store).cas("root", b"ours", first)
+    assert store.get("root") == b"theirs"
+    with pytest.raises(Precondition):
+        store.cas("root", b"next, over theirs", etag)
+
+
 class Overtaken(MemoryStore):
     """After the first swap that has its effect another writer swaps, and the answer is lost."""
 
