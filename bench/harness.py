@@ -21,7 +21,7 @@ def machine() -> dict[str, Any]:
         ),
         platform.machine(),
     )
-    packages = ("blake3", "cryptography", "msgspec", "numpy", "uvloop", "zstandard")
+    packages = ("blake3", "cryptography", "msgspec", "numpy", "obstore", "uvloop", "zstandard")
     return {
         "cpu": model,
         "cores": os.cpu_count(),

@@ -89,9 +89,10 @@ class Memory(threading.Thread):
 
 
 @contextmanager
-def running_site(directory: Path) -> Iterator[Site]:
-    """A server and one enrolled, running agent, on this host."""
+def running_site(directory: Path, vault: str | None = None) -> Iterator[Site]:
+    """A server and one enrolled, running agent, on this host; the vault below ``directory`` or elsewhere."""
     site = Site(directory)
+    site.vault = vault or site.vault
     site.init()
     try:
         site.start_server()
@@ -139,7 +140,16 @@ def wait_protected(site: Site) -> None:
 
 def metric(site: Site, name: str) -> float:
     """A metric of the agent, summed over labels when ``name`` has none, else that one line."""
-    address = site.agents[MACHINE].ready["metrics"]
+    return _metric(str(site.agents[MACHINE].ready["metrics"]), name)
+
+
+def server_metric(site: Site, name: str) -> float:
+    """A metric of the server, as `metric`."""
+    assert site.server is not None
+    return _metric(str(site.server.ready["metrics"]), name)
+
+
+def _metric(address: str, name: str) -> float:
     with urllib.request.urlopen(f"http://{address}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     values = [line for line in lines if line.startswith((name + " ", name + "{"))]
