@@ -26,7 +26,7 @@ _ARCHIVED: Final = frozenset({"InvalidObjectState", "BlobArchived", "BlobBeingRe
 _EXISTS: Final = frozenset({"BlobAlreadyExists", "PreconditionFailed"})
 _AGAIN: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _FULL_STATUS: Final = 507
-_METADATA: Final = ("169.254.169.254", "metadata.", "/oauth2/", "InstanceCredential")
+_METADATA: Final = ("169.254.169.254", "/latest/api/token", "/latest/meta-data/", "/oauth2/")
 _UNTRUSTED: Final = ("UnknownIssuer", "invalid peer certificate", "NotValidForName", "CertExpired")
 
 
@@ -41,6 +41,7 @@ class Answer:
         reason: Why, in the words of the system; or empty.
         is_missing: There is no such object, or no such bucket.
         is_past_the_end: Of a range: the object ends before it.
+        is_redirected: The bucket is elsewhere, and it was not said where.
         is_untrusted: The certificate of whoever answered is not good.
         is_unknown_caller: No credentials were found, or the place where they are given out failed.
         ignores_ranges: All of the object came where a part was asked for.
@@ -52,6 +53,7 @@ class Answer:
     reason: str = ""
     is_missing: bool = False
     is_past_the_end: bool = False
+    is_redirected: bool = False
     is_untrusted: bool = False
     is_unknown_caller: bool = False
     ignores_ranges: bool = False
@@ -70,10 +72,16 @@ class Answer:
             reason=reason[1] if reason else "",
             is_missing=isinstance(exc, FileNotFoundError),
             is_past_the_end=bool(status and status[1] == "416") or "StartTooLarge" in text,
+            is_redirected="BareRedirect" in text,
             is_untrusted=any(mark in text for mark in _UNTRUSTED),
             is_unknown_caller=any(mark in first for mark in _METADATA),
             ignores_ranges="non-partial response" in text,
         )
+
+    @property
+    def is_no_bucket(self) -> bool:
+        """There is no such bucket, whatever else was asked."""
+        return self.code in _NO_BUCKET
 
     @property
     def is_undecided(self) -> bool:
@@ -115,7 +123,7 @@ def _setting(answer: Answer, store: str) -> FarshoreError | None:
             why="the metadata of this instance did not answer" if silent else answer.told,
             fix="set the provider's variables in the environment, or LoadCredential= in the unit",
         )
-    if answer.code in _NO_BUCKET:
+    if answer.is_no_bucket:
         return ConfigError(
             "there is no such bucket", where=store, why=answer.code, fix="make it first, or check the address"
         )
@@ -123,7 +131,7 @@ def _setting(answer: Answer, store: str) -> FarshoreError | None:
         return ConfigError(
             "this host's clock differs from the store's", where=store, why=answer.code, fix="set the clock"
         )
-    if answer.code in _ELSEWHERE or 300 <= answer.status < 400:
+    if answer.code in _ELSEWHERE or answer.is_redirected or 300 <= answer.status < 400:
         return ConfigError(
             "the bucket is in another region",
             where=store,

@@ -150,7 +150,10 @@ class ObjectStore:
             if Answer.of(exc).is_undecided and not self._exists(name):
                 raise Unreachable(what, where=name, why="another request for it was under way") from None
             raise AlreadyExists(what, where=name, why="it exists") from None
-        except PreconditionError:
+        except PreconditionError as exc:
+            # Also when the object, or the whole bucket, is gone.
+            if Answer.of(exc).is_no_bucket:
+                self._raise(what, name, exc)
             raise Precondition(what, where=name, why="it has changed") from None
         except (BaseError, OSError) as exc:
             if mode == "create" and isinstance(exc, FileNotFoundError):
