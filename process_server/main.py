@@ -222,16 +222,18 @@ async def _serve_agents(server: ProcessServer, listen: str) -> None:
 
 async def _keep_certificate(identity: Identity, server: ProcessServer, context: ssl.SSLContext) -> None:
     """Renew the server's certificate when it is due; connections that are open keep the one they have."""
+    is_new = False
     while True:
         await asyncio.sleep(CERTIFICATE_CHECK_S)
         try:
-            renewed = await identity.renew_server()
+            is_new = await identity.renew_server() or is_new
+            if is_new:
+                pki.use_certificate(context, identity.server.certificate, identity.server.key)
+                await server.renew_tls()
+                is_new = False
         except FarshoreError as error:
+            # Of the store, mostly: what is left to do is done at the next look, long before the old one ends.
             log.warning("server_certificate_renewal_failed", error=str(error))
-            continue
-        if renewed:
-            pki.use_certificate(context, identity.server.certificate, identity.server.key)
-            await server.renew_tls()
 
 
 async def _feed_watchdog() -> None:
