@@ -12,7 +12,7 @@ import pytest
 from farshore.site import Site, wait_for
 from farshore.stamps import BLOCK_BYTES, Workload, check_prefix
 from farshore.units import MIB
-from tests.harness.fault_proxy import FaultProxy, Storm
+from tests.harness.fault_proxy import FaultProxy, Storm, Trouble
 from tests.harness.faults import Injected
 from tests.harness.object_stores import Peer
 from tests.harness.writing import writing
@@ -137,6 +137,36 @@ def outage(site: FarVault, proxy: FaultProxy, injected: Injected, *, seconds: fl
     report = check_prefix(WORKLOAD, lambda at, length: content[at : at + length])
     assert report.exact
     assert report.seq >= acked.acked
+
+
+@pytest.mark.fault("F22")
+def test_while_the_credentials_are_refused_the_server_says_so_and_goes_on_when_they_are_good_again(
+    site: FarVault, proxy: FaultProxy, injected: Injected
+) -> None:
+    uri = protect(site)
+    server = site.server
+    assert server is not None
+    with writing(uri, WORKLOAD, site.directory / "ledger", rate=2000) as ledger:
+        goal = site.vaulted() + 2000
+        wait_for(partial(reached, site, goal), 60, "replication")
+        refused = Trouble("403", count=2**31)
+        proxy.plan(refused)
+        frozen = site.there()
+        wait_for(lambda: refused.happened >= 8, BACK_S, "the server to ask again")
+        wait_for(lambda: ledger.state().acked > frozen + 8000, BACK_S, "the workload to go on")
+        assert site.there() - frozen <= 4000, "what was on its way may have arrived, no more"
+        assert server.process.poll() is None
+        injected("F22", refused.happened)
+        proxy.clear()
+        goal = ledger.state().acked
+        wait_for(partial(reached, site, goal), BACK_S, "what was written meanwhile")
+        acked = ledger.state()
+    assert acked.errors == 0
+    assert "the store refuses the credentials" in (site.directory / "server.log").read_text()
+    point = site.json("point", "create", MACHINE, "--tag", "end", "--wait", "vaulted")["point"]
+    expected = (site.directory / "disk.img").read_bytes()
+    site.kill_agent(MACHINE)
+    assert recovered(site, point) == expected
 
 
 @pytest.mark.fault("F18", "F19", "F20")

@@ -19,9 +19,10 @@ IDLE_S: Final = 60.0
 _HEAD_BYTES_MAX: Final = 65536
 _RESET: Final = struct.pack("ii", 1, 0)  # linger for no time: close() sends RST
 
-How = Literal["reset", "lost", "503", "cut", "slow"]
-"""``reset``: the store never hears of it. ``lost``: it does what was asked, nobody hears of that. ``503``: it
-is busy, nothing was done. ``cut``: the answer ends half way. ``slow``: it comes a second later."""
+How = Literal["reset", "lost", "503", "403", "cut", "slow"]
+"""``reset``: the store never hears of it. ``lost``: it does what was asked, and nobody hears of that. Of
+``503`` (busy) and ``403`` (credentials refused) nothing was done. ``cut``: the answer ends half way.
+``slow``: it comes a second later."""
 
 SLOW_S: Final = 1.0
 
@@ -157,9 +158,9 @@ class FaultProxy:
             how = next(filter(None, struck), None)
             if how == "reset" or self._gone:
                 return False
-            self._asking += how != "503"
-        if how == "503":
-            client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n")
+            self._asking += how not in ("503", "403")
+        if how in ("503", "403"):
+            client.sendall(f"HTTP/1.1 {how} No\r\nContent-Length: 0\r\n\r\n".encode())
             return True
         try:
             head, body = request.ask(store)

@@ -18,6 +18,7 @@ FAULTS: Final = {
     "F18": "store that does not answer, or says that it is busy",
     "F19": "answer lost after the store did what was asked",
     "F20": "answer cut short",
+    "F22": "credentials refused while they are in use",
     "F27": "vault object deleted, corrupted or exchanged",
     "F35": "slow or hostile peer",
     "F38": "disk written behind our back",
