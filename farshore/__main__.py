@@ -38,7 +38,16 @@ RUNTIME_MODULES = (
     "uvloop",
     "zstandard",
 )
-TEST_MODULES = ("hypothesis", "importlinter", "mypy", "pytest", "pytest_asyncio", "pytest_timeout", "trustme")
+TEST_MODULES = (
+    "hypothesis",
+    "importlinter",
+    "mypy",
+    "pytest",
+    "pytest_asyncio",
+    "pytest_timeout",
+    "trustme",
+    "xdist",
+)
 
 # Set across the one re-execution, so that an environment which stays incomplete is an error and not a loop.
 _AGAIN = "FARSHORE_ENVIRONMENT_MADE"

@@ -7,6 +7,10 @@ A test that breaks something on purpose says what with ``@pytest.mark.fault("F1"
 fault matrix (`tests.harness.faults`), and counts each fault that really happened with the ``injected``
 fixture. The sums, and how many of those tests failed, are printed at the end and written to the result. One
 that passes without having counted a fault fails: it has shown nothing.
+
+With ``-n 2`` (pytest-xdist) two processes run tests. What they find out travels to the one that started them
+with the reports of the tests, as user properties; the record is kept there and nowhere else. A test that
+measures time, or needs the whole machine, says ``@pytest.mark.alone``: it comes last and runs by itself.
 """
 
 import functools
@@ -16,13 +20,14 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from fcntl import ioctl
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import hypothesis
 import pytest
@@ -30,6 +35,7 @@ import pytest
 from farshore.cli.test import RESULT_ENVIRONMENT
 from tests.harness.faults import FAULTS, Injected
 from tests.harness.object_stores import azurite, rclone_s3, seaweedfs
+from tests.harness.turns import Turns
 
 __all__ = ["azurite", "rclone_s3", "seaweedfs"]  # fixtures
 
@@ -112,13 +118,15 @@ class _Record:
         self.passed: set[str] = set()
         self.failed: set[str] = set()
         self.unavailable: dict[str, list[str]] = {}
-        self.needs: dict[str, list[str]] = {}
         self.injected: Counter[str] = Counter()
         self.violations: Counter[str] = Counter()
+        self.interrupted = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.nodeid in self.needs:
-            self.unavailable[report.nodeid] = self.needs[report.nodeid]
+        for name, value in report.user_properties:
+            if name == _NEEDS:
+                assert isinstance(value, list)
+                self.unavailable[report.nodeid] = value
         for name, value in report.user_properties:
             if name == _FAULTS and report.when == "teardown" and report.nodeid not in self.unavailable:
                 assert isinstance(value, dict)
@@ -138,8 +146,14 @@ class _Record:
             if self.require_all:
                 self.failed.add(report.nodeid)
 
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        # What stops a run for its failures (a file that cannot be imported; -x with xdist) is derived from
+        # KeyboardInterrupt and comes by here too.
+        self.interrupted = excinfo.type is KeyboardInterrupt or excinfo.errisinstance(pytest.exit.Exception)
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.failed and session.exitstatus == pytest.ExitCode.OK:
+        unmarked = (pytest.ExitCode.OK, pytest.ExitCode.INTERRUPTED)
+        if self.failed and not self.interrupted and session.exitstatus in unmarked:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if not self.target:
             return
@@ -184,8 +198,11 @@ def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     return reason.removeprefix("Skipped: ")
 
 
-_RECORD: Final = pytest.StashKey[_Record]()
+# User properties of a test's reports: what it counted, and what it would have needed.
 _FAULTS: Final = "faults"
+_NEEDS: Final = "needs"
+
+_TURNS: Final = pytest.StashKey[Turns]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -197,17 +214,51 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("nightly" if config.getoption("--nightly") else "every-run")
     # Taken out of the environment: a pytest that a test starts must not write its result over ours.
     target = os.environ.pop(RESULT_ENVIRONMENT, "")
-    config.stash[_RECORD] = _Record(require_all=config.getoption("--require-all"), target=target)
-    config.pluginmanager.register(config.stash[_RECORD], "farshore-record")
+    workerinput: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if workerinput is None:
+        record = _Record(require_all=config.getoption("--require-all"), target=target)
+        config.pluginmanager.register(record, "farshore-record")
+    else:
+        config.stash[_TURNS] = turns = Turns(Path(workerinput["turns"]))
+        config.add_cleanup(turns.close)
+
+
+@functools.cache
+def _turns_folder(config: pytest.Config) -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="farshore-turns-")
+    config.add_cleanup(folder.cleanup)
+    return Path(folder.name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process that is to run tests (a ``WorkerController`` of xdist) where the run's turns are."""
+    node.workerinput["turns"] = str(_turns_folder(node.config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--nightly"):
-        return
-    long = [item for item in items if item.get_closest_marker("nightly")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+    if not config.getoption("--nightly"):
+        long = [item for item in items if item.get_closest_marker("nightly")]
+        if long:
+            config.hook.pytest_deselected(items=long)
+            items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+    if _TURNS in config.stash:
+        # Last, where the others no longer wait for them; the order of all else is as written.
+        items.sort(key=_is_alone)
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    # Outermost: what a test waits for its turn does not count for its timeout.
+    turns = item.config.stash.get(_TURNS, None)
+    if turns is None:
+        return (yield)
+    with turns.turn(alone=_is_alone(item)):
+        return (yield)
 
 
 def _needs(item: pytest.Item) -> Iterable[str]:
@@ -222,22 +273,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         item.user_properties.append((_FAULTS, dict.fromkeys(faults, 0)))
     missing = sorted({name for name in _needs(item) if not is_available(name)})
     if missing:
-        item.config.stash[_RECORD].needs[item.nodeid] = missing
+        item.user_properties.append((_NEEDS, missing))
         pytest.skip(f"needs {', '.join(missing)}")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    record = item.config.stash[_RECORD]
     counted = dict(item.user_properties).get(_FAULTS)
     if report.when == "call" and report.passed and isinstance(counted, dict) and not all(counted.values()):
         without = ", ".join(fault for fault, count in counted.items() if not count)
         report.outcome, report.longrepr = "failed", f"no fault was injected: {without}"
     if _is_skip(report):
         reason = _skip_reason(report)
-        record.needs.setdefault(item.nodeid, [reason])
-        if record.require_all:
+        if _NEEDS not in dict(report.user_properties):
+            item.user_properties.append((_NEEDS, [reason]))
+            report.user_properties.append((_NEEDS, [reason]))
+        if item.config.getoption("--require-all"):
             report.outcome, report.longrepr = "failed", f"unavailable: {reason}"
     return report
 

@@ -16,6 +16,9 @@ from farshore.errors import Failed, NotFound, UsageError
 RESULT_ENVIRONMENT: Final = "FARSHORE_TEST_RESULT"
 """Where tests/conftest.py writes a `TestRun` as JSON when the run ends."""
 
+WORKERS: Final = 2
+"""Processes that run tests, unless told otherwise. Half of a test is to wait for a disk or a process."""
+
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
 
 
@@ -54,16 +57,26 @@ class TestRun(msgspec.Struct, frozen=True):
 @click.command("test", context_settings={"ignore_unknown_options": True})
 @click.option("--nightly", is_flag=True, help="Also run the long tests.")
 @click.option("--require-all", is_flag=True, help="A test that cannot run here is a failure (for CI).")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Run tests in N processes; default {WORKERS}, or 1 where there is one core.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; pytest writes to stderr.")
 @click.argument("pytest_args", nargs=-1, type=click.UNPROCESSED)
-def command(nightly: bool, require_all: bool, as_json: bool, pytest_args: tuple[str, ...]) -> int:
+def command(
+    nightly: bool, require_all: bool, workers: int | None, as_json: bool, pytest_args: tuple[str, ...]
+) -> int:
     """Run the tests of this checkout; further arguments go to pytest (paths, -k, -x ...)."""
     if not (_CHECKOUT / "tests" / "conftest.py").is_file():
         raise NotFound(
             "there are no tests here", where=str(_CHECKOUT), fix="run it in a checkout of the source"
         )
     flags = [flag for flag, on in (("--nightly", nightly), ("--require-all", require_all)) if on]
-    code, run = run_pytest([*flags, *pytest_args], quiet_stdout=as_json)
+    if workers is None:
+        workers = min(WORKERS, len(os.sched_getaffinity(0)))
+    code, run = run_pytest([*flags, *in_processes(workers), *pytest_args], quiet_stdout=as_json)
     if as_json:
         print(json.dumps(msgspec.to_builtins(run)))
     else:
@@ -72,6 +85,17 @@ def command(nightly: bool, require_all: bool, as_json: bool, pytest_args: tuple[
             needs = sorted({need for test in run.unavailable for need in test.needs})
             print(f"{len(run.unavailable)} unavailable, named above, for want of: {', '.join(needs)}")
     return 1 if run.failed else code
+
+
+def in_processes(workers: int) -> list[str]:
+    """Return what pytest is told to run tests in ``workers`` processes; none of its own with one."""
+    if workers == 1:
+        return []
+    # A file stays together, for the fixtures that its tests share, and files begin in the order of the tree:
+    # the long ones first, so that no process is left alone with one at the end. A process that dies is not
+    # replaced: its successor would be given the same test, and die of it again.
+    together = ["--dist=loadfile", "--no-loadscope-reorder"]
+    return [f"--numprocesses={workers}", *together, "--max-worker-restart=0"]
 
 
 def run_pytest(arguments: list[str], *, quiet_stdout: bool = False) -> tuple[int, TestRun]:

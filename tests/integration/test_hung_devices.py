@@ -30,6 +30,7 @@ from tests.harness.qemu import HangingDevice, hanging_device
 from tests.harness.tap import TapHost
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.fault("F13"),
     pytest.mark.needs("qemu-storage-daemon", "loop", "fuse", "root", "losetup", "mkfs.ext4"),
     pytest.mark.timeout(240),

@@ -16,7 +16,7 @@ from farshore.units import MIB
 from tests.harness.faults import Injected
 from tests.harness.ledger import begun, state_of
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 OTHERS_WAIT_S = 5.0
 """From asking for a point to its commit, for a machine beside others that copy and flood. Its cut comes at

@@ -214,6 +214,7 @@ def test_a_journal_that_cannot_be_synced_is_left_without_an_error_to_the_workloa
         check_disk(config, tmp_path / "ledger")
 
 
+@pytest.mark.alone
 @pytest.mark.fault("F13")
 @pytest.mark.needs("strace")
 def test_a_journal_that_hangs_delays_the_workload_no_longer_than_agreed(
@@ -251,6 +252,7 @@ def test_a_tap_killed_while_its_journal_is_lost_needs_a_compare(tmp_path: Path) 
         assert "journal was lost" in host.status().resync
 
 
+@pytest.mark.alone
 @pytest.mark.needs("strace")
 def test_who_prefers_to_wait_waits(tmp_path: Path) -> None:
     with made(tmp_path, journal_stall_max_s=0.5, on_journal_lost="wait") as (host, config):
@@ -265,6 +267,7 @@ def test_who_prefers_to_wait_waits(tmp_path: Path) -> None:
         check_disk(config, tmp_path / "ledger")
 
 
+@pytest.mark.alone
 @pytest.mark.needs("strace")
 def test_a_client_is_served_on_while_the_journal_keeps_its_write(tmp_path: Path) -> None:
     """The thread that serves a connection is the one that appends: it is left to the hung journal."""
@@ -295,6 +298,7 @@ def test_a_client_is_served_on_while_the_journal_keeps_its_write(tmp_path: Path)
         assert config_bytes(config)[: 120 * KIB] == b"".join(bytes([n]) * 4 * KIB for n in range(30))
 
 
+@pytest.mark.alone
 @pytest.mark.needs("strace")
 def test_a_slow_flush_holds_up_no_write(tmp_path: Path) -> None:
     with made(tmp_path) as (host, config):

@@ -1,13 +1,17 @@
 """The test verb and tests/conftest.py, by running them on small test files."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from farshore.site import session_pids, wait_for
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,26 +50,20 @@ def test_state(tmp_state):
 """
 
 
-def run(folder: Path, *words: str, source: str = SAMPLE) -> subprocess.CompletedProcess[str]:
-    path = folder / "test_sample.py"
-    path.write_text(source)
-    ours = [
-        "-c",
-        str(ROOT / "pyproject.toml"),
-        "--rootdir",
-        str(folder),
-        "-p",
-        "tests.conftest",
-        "-p",
-        "no:cacheprovider",
-    ]
+def run(
+    folder: Path, *words: str, source: str = SAMPLE, workers: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Run the tests of ``source``, and what else lies in ``folder``."""
+    (folder / "test_sample.py").write_text(source)
     return subprocess.run(
-        [sys.executable, "-m", "farshore", "test", *words, *ours, str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+        command(folder, workers, *words), cwd=ROOT, capture_output=True, text=True, check=False
     )
+
+
+def command(folder: Path, workers: int, *words: str) -> list[str]:
+    ours = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder), "-p", "tests.conftest"]
+    ours += ["-p", "no:cacheprovider", str(folder)]
+    return [sys.executable, "-m", "farshore", "test", f"--workers={workers}", *words, *ours]
 
 
 def result(done: subprocess.CompletedProcess[str]) -> Any:
@@ -164,9 +162,83 @@ def test_long_tests_run_at_night_only(tmp_path: Path) -> None:
     assert (done.returncode, result(done)["error"]["what"]) == (1, "no test was run")
 
 
-def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
-    done = run(tmp_path, "--json", source="import no_such_module\n")
-    assert done.returncode != 0
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path, workers: int) -> None:
+    done = run(tmp_path, "--json", source="import no_such_module\n", workers=workers)
+    assert (done.returncode, result(done)["failed"]) == (1, 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_stops_at_the_first_failure_has_a_result(tmp_path: Path, workers: int) -> None:
+    done = run(tmp_path, "--json", "-x", "-k", "bad", workers=workers)
+    assert (done.returncode, result(done)["failed"]) == (1, 1)
+
+
+def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+    (tmp_path / "test_faulty.py").write_text(FAULTY)
+    (tmp_path / "test_skipped.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
+    for words in ([], ["--require-all"]):
+        one, two = (run(tmp_path, "--json", *words, workers=workers) for workers in (1, 2))
+        assert (two.returncode, result(two)) == (one.returncode, result(one))
+        assert len(result(two)["unavailable"]) == 4
+        assert "created: 2/2 workers" in two.stderr
+        told = [line for line in one.stderr.splitlines() if re.match(r"F\d+ |test_\S+ needs ", line)]
+        assert len(told) == 8
+        assert [line for line in two.stderr.splitlines() if line in told] == told
+
+
+ALONE = """
+import os, pathlib, pytest, time
+
+HERE = pathlib.Path(__file__).parent
+
+def kinds_seen(kind):
+    mine = HERE / f"{os.getpid()}.{kind}"
+    mine.touch()
+    time.sleep(0.05)
+    found = [path.suffix for path in HERE.glob("*.*") if path.suffix in (".alone", ".beside")]
+    mine.unlink()
+    return found
+
+@pytest.mark.alone
+@pytest.mark.parametrize("n", range(5))
+def test_alone(n): assert kinds_seen("alone") == [".alone"]
+
+@pytest.mark.parametrize("n", range(20))
+def test_beside(n): assert set(kinds_seen("beside")) == {".beside"}
+
+def test_two_meet():
+    (HERE / f"{os.getpid()}.waits").touch()
+    deadline = time.monotonic() + 60
+    while len(list(HERE.glob("*.waits"))) < 2 and time.monotonic() < deadline: time.sleep(0.01)
+    assert len(list(HERE.glob("*.waits"))) == 2
+"""
+
+
+def test_a_test_that_is_alone_runs_when_no_other_does(tmp_path: Path) -> None:
+    (tmp_path / "test_another.py").write_text(ALONE)
+    found = result(run(tmp_path, "--json", source=ALONE, workers=2))
+    assert (found["ran"], found["failed"]) == (52, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_run_ends_as_a_shell_says_so(tmp_path: Path, workers: int) -> None:
+    began = tmp_path / "began"
+    source = (
+        f"import pathlib, time\ndef test_it():\n    pathlib.Path({str(began)!r}).touch()\n    time.sleep(100)"
+    )
+    (tmp_path / "test_sample.py").write_text(source)
+    process = subprocess.Popen(
+        command(tmp_path, workers), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    try:
+        wait_for(began.exists, 60, "the test to begin")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(timeout=60) == 130
+        wait_for(lambda: session_pids(process.pid) == [], 30, "its processes to end")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_arguments_that_pytest_refuses_are_a_usage_error(tmp_path: Path) -> None:
@@ -177,6 +249,13 @@ def test_a_run_that_dies_is_not_a_success(tmp_path: Path) -> None:
     done = run(tmp_path, source="import os\ndef test_dies(): os._exit(0)\n")
     assert done.returncode == 1
     assert "error: the tests ended without a result" in done.stderr
+
+
+def test_a_process_that_dies_fails_the_test_it_ran(tmp_path: Path) -> None:
+    source = "import os\ndef test_dies(): os._exit(0)\ndef test_after(): pass\n"
+    done = run(tmp_path, "--json", source=source, workers=2)
+    assert (done.returncode, result(done)["failed"]) == (1, 1)
+    assert "crashed while running 'test_sample.py::test_dies'" in done.stderr
 
 
 @pytest.mark.needs("py:nbd")
