@@ -13,7 +13,7 @@ from agent.journal.recovery import lsn_before
 from farshore.units import MIB
 from tests.harness.faults import Injected
 from tests.harness.journal import held, look, marked, opened, put
-from tests.harness.power import FLUSH, PowerCuts, entries_so_far, logged_device
+from tests.harness.power import FLUSH, PowerCuts, entries_so_far, in_memory, logged_device
 
 ROOT = Path(__file__).parents[2]
 DISK_BYTES = 64 * MIB
@@ -48,6 +48,12 @@ def write_and_count(journal: Path, log: Path) -> list[tuple[int, int]]:
     return owed
 
 
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    with in_memory(tmp_path / "memory") as folder:
+        yield folder
+
+
 @pytest.mark.fault("F4")
 @pytest.mark.timeout(3600)
 @pytest.mark.needs("qemu-storage-daemon", "loop", "fuse", "root")
@@ -56,7 +62,7 @@ def write_and_count(journal: Path, log: Path) -> list[tuple[int, int]]:
     [pytest.param(name, marks=pytest.mark.needs(f"mkfs.{name}")) for name in ("ext4", "xfs", "btrfs")],
 )
 def test_every_durable_record_survives_every_cut(
-    tmp_path: Path, filesystem: str, injected: Injected, request: pytest.FixtureRequest
+    tmp_path: Path, memory: Path, filesystem: str, injected: Injected, request: pytest.FixtureRequest
 ) -> None:
     count = CUTS_NIGHTLY if request.config.getoption("--nightly") else CUTS
     disk_bytes = {"ext4": DISK_BYTES, "xfs": 320 * MIB, "btrfs": 128 * MIB}[filesystem]
@@ -70,7 +76,8 @@ def test_every_durable_record_survives_every_cut(
     assert len(owed) > 30
     seed = 11
     rng = random.Random(seed)
-    cuts = PowerCuts(log, disk_bytes, tmp_path / "base.img")
+    cuts = PowerCuts(log, disk_bytes, memory / "base.img")
+    request.addfinalizer(cuts.close)
     flushes = [at + 1 for at in range(begun, written) if cuts.entries[at].flags & FLUSH]
     between = range(begun, written)
     chosen = {
@@ -81,12 +88,11 @@ def test_every_durable_record_survives_every_cut(
     open_fates = 0
     for place in places:
         for _ in range(SUBSETS):
-            image = tmp_path / "cut.img"
+            image = memory / "cut.img"
             open_fates += cuts.cut(place, image, rng)
             injected("F4")
             durable = max((lsn for entries, lsn in owed if entries <= place), default=0)
             check(image, tmp_path / "cut", durable, f"seed {seed}, cut after {place}")
-    cuts.close()
     assert open_fates
 
 

@@ -34,7 +34,8 @@ from process_server.vault.store.protocol import Store
 from process_server.vault.store.url import open_store
 from tests.harness.faults import Injected
 from tests.harness.ledger import made
-from tests.harness.power import PowerCuts, entries_so_far, logged_device
+from tests.harness.patience import protect_and_start
+from tests.harness.power import PowerCuts, entries_so_far, in_memory, logged_device
 
 MIB = 1 << 20
 DEVICE_BYTES = 1024 * MIB
@@ -103,11 +104,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             site.init()
             site.start_server()
             site.enrol(MACHINE)
-            site.start_agent(MACHINE)
             disk = mount / "disk.img"
             with disk.open("wb") as file:
                 file.truncate(DISK_BYTES)
-            uri = site.protect(MACHINE, VOLUME, disk)["uri"]
+            # Small segments: one is always being begun or freed, and each of the many recoveries reads few.
+            uri = protect_and_start(site, MACHINE, VOLUME, disk, segment_bytes=MIB)["uri"]
             subprocess.run(["sync"], check=True)
             first_cut = entries_so_far(log)
             command = [sys.executable, "-m", "farshore.workload", uri, "--ledger", outside / "ledger"]
@@ -195,22 +196,29 @@ def _check_vault(store: Store, keys: VaultKeys, machine: bytes, vaulted_lsn: int
     return int(head.head.seq)
 
 
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    with in_memory(tmp_path / "memory") as folder:
+        yield folder
+
+
 @pytest.mark.fault("F4")
 @pytest.mark.timeout(1500)
 @pytest.mark.needs("qemu-storage-daemon", "loop", "fuse", "mkfs.ext4")
 def test_no_power_cut_loses_what_was_acknowledged(
     run: Run,
-    tmp_path: Path,
+    memory: Path,
     monkeypatch: pytest.MonkeyPatch,
     injected: Injected,
     request: pytest.FixtureRequest,
 ) -> None:
     seed = 20261121
     rng = random.Random(seed)
-    cuts = PowerCuts(run.log, DEVICE_BYTES, tmp_path / "base.img")
+    cuts = PowerCuts(run.log, DEVICE_BYTES, memory / "base.img")
+    request.addfinalizer(cuts.close)
     count = 2000 if request.config.getoption("--nightly") else 200
     ends = sorted(rng.choices(range(run.first_cut, len(cuts.entries) + 1), k=count))
-    image, page = tmp_path / "cut.img", tmp_path / "state"
+    image, page = memory / "cut.img", memory / "state"
     _next_boot(monkeypatch)
     open_writes = 0
     for number, end in enumerate(ends):
@@ -230,5 +238,4 @@ def test_no_power_cut_loses_what_was_acknowledged(
             machine = id_from_hex(load(Site(run.mount).agent_dir(MACHINE)).machine_id)
             _check_vault(store, keys, machine, told.vaulted_lsn)
             store.close()
-    cuts.close()
     assert open_writes > count, "the cuts fell where nothing was open: they proved nothing"
