@@ -64,7 +64,11 @@ class Daemon:
             env={**os.environ, **(env or {})},
             start_new_session=True,
         )
-        self.ready = self._wait_ready()
+        try:
+            self.ready = self._wait_ready()
+        except BaseException:  # an interrupt too: nobody else knows of the process yet
+            self.kill()
+            raise
 
     def _wait_ready(self) -> dict[str, Any]:
         lines: queue.Queue[bytes] = queue.Queue()
@@ -87,7 +91,6 @@ class Daemon:
             if line.get("event") == "ready":
                 assert isinstance(line, dict)
                 return line
-        self.kill()
         raise Failed("not ready", where=str(self.log), why=self.log.read_text()[-2000:])
 
     def kill(self) -> None:

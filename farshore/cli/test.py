@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,9 @@ RESULT_ENVIRONMENT: Final = "FARSHORE_TEST_RESULT"
 
 WORKERS: Final = 2
 """Processes that run tests, unless told otherwise. Half of a test is to wait for a disk or a process."""
+
+TEARDOWN_S: Final = 60.0
+"""What pytest is given to take down what runs when it is interrupted; the second time it is given nothing."""
 
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
 
@@ -112,13 +116,22 @@ def run_pytest(arguments: list[str], *, quiet_stdout: bool = False) -> tuple[int
     """
     with tempfile.TemporaryDirectory(prefix="farshore-test-") as folder:
         result = Path(folder) / "result.json"
-        process = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *arguments],
             cwd=_CHECKOUT,
             env={**os.environ, RESULT_ENVIRONMENT: str(result)},
             stdout=sys.stderr if quiet_stdout else None,
-            check=False,
         )
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            # The terminal told pytest too; to end what a test has started takes more than an instant.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=TEARDOWN_S)
+            raise
+        finally:
+            process.kill()
+            process.wait()
         if process.returncode == 4:
             raise UsageError("pytest refused its arguments", where=" ".join(arguments))
         if process.returncode == 2:

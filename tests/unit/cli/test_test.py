@@ -221,13 +221,28 @@ def test_a_test_that_is_alone_runs_when_no_other_does(tmp_path: Path) -> None:
     assert (found["ran"], found["failed"]) == (52, 0)
 
 
+LONG = """
+import pathlib, pytest, time
+
+HERE = pathlib.Path(__file__).parent
+
+@pytest.fixture
+def running():
+    (HERE / "began").touch()
+    yield
+    time.sleep(1)
+    (HERE / "ended").touch()
+
+def test_it(running): time.sleep(100)
+"""
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupted_run_ends_as_a_shell_says_so(tmp_path: Path, workers: int) -> None:
-    began = tmp_path / "began"
-    source = (
-        f"import pathlib, time\ndef test_it():\n    pathlib.Path({str(began)!r}).touch()\n    time.sleep(100)"
-    )
-    (tmp_path / "test_sample.py").write_text(source)
+def test_an_interrupted_run_takes_down_what_runs_and_ends_as_a_shell_says_so(
+    tmp_path: Path, workers: int
+) -> None:
+    began, ended = tmp_path / "began", tmp_path / "ended"
+    (tmp_path / "test_sample.py").write_text(LONG)
     process = subprocess.Popen(
         command(tmp_path, workers), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
     )
@@ -235,6 +250,7 @@ def test_an_interrupted_run_ends_as_a_shell_says_so(tmp_path: Path, workers: int
         wait_for(began.exists, 60, "the test to begin")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(timeout=60) == 130
+        assert ended.exists()
         wait_for(lambda: session_pids(process.pid) == [], 30, "its processes to end")
     finally:
         process.kill()
