@@ -17,6 +17,7 @@ import pytest
 from farshore.site import Site, wait_for
 from farshore.stamps import BLOCK_BYTES, Workload, check_prefix
 from farshore.workload import Ledger
+from tests.harness.patience import protect_and_start
 
 MIB = 1 << 20
 
@@ -91,8 +92,7 @@ def test_a_file_system_comes_back_from_vault_and_key_alone(site: Site, tmp_path:
     os.truncate(disk, 512 * MIB)
     _run("mkfs.ext4", "-q", disk)
     site.enrol("web1")
-    site.start_agent("web1")
-    device = site.protect("web1", "data", disk, "--attach", "loop")["device"]
+    device = protect_and_start(site, "web1", "data", disk, "--attach", "loop")["device"]
     assert device.startswith("/dev/loop")
     _run("mount", device, mount)
     mounted = True
@@ -104,8 +104,7 @@ def test_a_file_system_comes_back_from_vault_and_key_alone(site: Site, tmp_path:
         assert len(listed) == 10_000
         point = site.json("point", "create", "web1", "--tag", "listed", "--wait", "vaulted")["point"]
         with _Changing(mount) as changing:
-            time.sleep(5)
-            assert changing.writes >= 500 * 5
+            wait_for(lambda: changing.writes >= 2500, 60, "a load")
             # Everything dies under load. The mount cannot be flushed any more; that is the disaster.
             site.kill_agent("web1")
             site.kill_server()
@@ -154,8 +153,7 @@ def test_any_lsn_is_an_exact_prefix_and_a_lost_server_directory_is_adopted(
     before = disk.read_bytes()
     workload = Workload(seed=20, first_block=256, block_count=64 * MIB // BLOCK_BYTES - 256)
     site.enrol("db1")
-    site.start_agent("db1")
-    uri = site.protect("db1", "raw", disk)["uri"]
+    uri = protect_and_start(site, "db1", "raw", disk)["uri"]
     first = site.json("point", "list", "db1")[-1]["volumes"]["raw"]["lsn"]
     ledger = _write_for(uri, workload, tmp_path / "ledger", seconds=6)
     site.cli("point", "create", "db1", "--tag", "end", "--wait", "vaulted")

@@ -20,6 +20,7 @@ from agent.capture import control
 from agent.capture.control import CutTaken, DirtyMapIs, Done, Status, TapStatus, VolumeStatus
 from agent.volumes import VolumeConfig
 from farshore.units import MIB
+from tests.harness.patience import JOURNAL_STALL_MAX_S
 
 READY_S = 60.0
 MACHINE = "11" * 16
@@ -41,12 +42,16 @@ class TapHost:
         self.ready: dict[str, Any] = {}
 
     def add(self, name: str = "disk", size: int = 64 * MIB, **settings: Any) -> VolumeConfig:
-        """Make an image (unless there is one) and protect it at the next start."""
+        """Make an image (unless there is one) and protect it at the next start.
+
+        Its journal may take its time (`tests.harness.patience`), unless ``settings`` say otherwise.
+        """
         disk = Path(settings.pop("disk", self.directory / f"{name}.img"))
         if not disk.exists():
             disk.touch()
             os.truncate(disk, size)
         settings.setdefault("quota_bytes", 1024 * MIB)
+        settings.setdefault("journal_stall_max_s", JOURNAL_STALL_MAX_S)
         made = VolumeConfig(id=volumes.new_volume_id(), name=name, disk=str(disk), **settings)
         volumes.save_volume(self.directory, made)
         return made
@@ -156,7 +161,7 @@ class TapHost:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def wait_until(condition: Any, timeout_s: float = 20.0, what: str = "") -> None:
+def wait_until(condition: Any, timeout_s: float = 60.0, what: str = "") -> None:
     """Poll until ``condition()`` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -186,7 +186,7 @@ def test_who_prefers_to_wait_for_a_hung_journal_loses_nothing(tmp_path: Path, in
         disk = tmp_path / "disk.img"
         with disk.open("wb") as file:
             file.truncate(32 * MIB)
-        host.add("v", disk=disk, on_journal_lost="wait")
+        host.add("v", disk=disk, on_journal_lost="wait", journal_stall_max_s=STALL_MAX_S)
         host.start()
         uri = host.uri("v")
         with written(uri, workload, ledger), Latency(uri, flush=True) as latency:

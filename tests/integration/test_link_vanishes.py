@@ -21,6 +21,7 @@ from farshore.units import MIB
 from tests.harness.faults import Injected
 from tests.harness.ledger import state_of
 from tests.harness.netns import Network, established, inside, network
+from tests.harness.patience import protect_and_start
 
 pytestmark = [pytest.mark.fault("F15"), pytest.mark.needs("root", "ip"), pytest.mark.timeout(240)]
 
@@ -52,7 +53,6 @@ class FarSite(Site):
         with inside(self.hosts.left):
             address = f"{self.hosts.right_address}:{PORT}"
             self.cli("agent", "enrol", self.agent_dir(MACHINE), "--server", address, "--token-file", token)
-            self.start_agent(MACHINE)
 
     def machine(self) -> dict[str, Any]:
         """As the server sees it."""
@@ -93,7 +93,8 @@ def test_a_swallowed_link_is_noticed_and_resumed_and_a_vanished_host_is_forgotte
         writer: subprocess.Popen[bytes] | None = None
         try:
             site.begin()
-            uri = site.protect(MACHINE, "v", disk)["uri"]
+            with inside(hosts.left):
+                uri = protect_and_start(site, MACHINE, "v", disk)["uri"]
             words = [sys.executable, "-m", "farshore.workload", uri, "--ledger", ledger, "--seed", "77"]
             words += ["--block-count", str(WORKLOAD.block_count), "--rate", "800"]
             writer = subprocess.Popen([*map(str, words)])
