@@ -24,6 +24,7 @@ from farshore.stamps import Workload, check_prefix
 from farshore.units import MIB
 from farshore.workload import Ledger
 from tests.harness.faults import Injected
+from tests.harness.ledger import made
 from tests.harness.tap import TapHost, wait_until
 from tests.integration.test_tap_io import rebuilt
 
@@ -43,7 +44,7 @@ def load(host: TapHost, tmp_path: Path, rate: int = 4000) -> Iterator[Ledger]:
         ]
     )
     try:
-        wait_until(path.exists)
+        wait_until(lambda: made(path))
         time.sleep(0.3)
         ledger = Ledger(path)
         yield ledger

@@ -369,6 +369,10 @@ async def test_the_renewal_task_renews_when_it_is_due(
 
     server.answer = answer
     task = asyncio.create_task(renewal.run())
+    deadline = time.monotonic() + 60
+    while not server.got:
+        assert time.monotonic() < deadline, "nobody was asked"
+        await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)
     assert len(server.got) == 1
     clock.advance(pki.AGENT_LIFE.total_seconds())

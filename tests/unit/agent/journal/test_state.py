@@ -103,9 +103,8 @@ def test_no_read_is_a_mixture_while_another_process_writes_without_pause(tmp_pat
     path = tmp_path / "state"
     with hostile(path, 0):
         reader = StatePageReader(path)
-        deadline = time.monotonic() + 1.5
         newest = reads = 0
-        while time.monotonic() < deadline:
+        while reads < 20_000 or newest < 20_000:
             try:
                 state = reader.read()
             except Unreachable:  # nothing published yet
@@ -117,8 +116,6 @@ def test_no_read_is_a_mixture_while_another_process_writes_without_pause(tmp_pat
             assert numbers == {n}
             assert n >= newest
             newest, reads = n, reads + 1
-        assert reads > 1000
-        assert newest > 1000
         reader.close()
 
 

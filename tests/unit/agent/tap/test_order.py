@@ -151,11 +151,11 @@ class Client:
                 self.watched.must(known, f"write {number} was answered before it was anywhere")
         self.replies.add(reply)
 
-    async def has(self, reply: bytes, seconds: float = 10.0) -> None:
+    async def has(self, reply: bytes, seconds: float = 60.0) -> None:
         await until(lambda: reply in self.replies, seconds)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not in {seconds} s"
