@@ -13,7 +13,8 @@ from farshore.errors import NotFound, Unreachable
 from process_server.vault.chain import Chain
 from process_server.vault.commit import ROW_DTYPE, ZEROS, CommitVolume
 from process_server.vault.control import Control, ControlStore, Machine
-from process_server.vault.keys import RecoveryKey, VaultKeys, create_vault
+from process_server.vault.keys import VaultKeys, create_vault
+from process_server.vault.recovery_key import RecoveryKey
 from process_server.vault.store.address import parse_object_address
 from process_server.vault.store.object import ObjectStore
 from process_server.vault.store.probe import probe
