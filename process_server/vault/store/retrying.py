@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 import stamina
 from stamina.instrumentation import set_on_retry_hooks
 
-from farshore.errors import NotFound, Unreachable
+from farshore.errors import FarshoreError, NotFound, Unreachable
 from process_server.vault.store.protocol import AlreadyExists, Body, Precondition, Store, body_bytes
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class RetryingStore:
             if found != body_bytes(body):
                 raise met
 
-        self._ask(put)
+        self._write("cannot create the object", name, put)
 
     def get(self, name: str) -> bytes:
         return self._ask(lambda _: self._store.get(name))
@@ -103,13 +103,27 @@ class RetryingStore:
                 raise Precondition("cannot replace the object", where=name, why="it has changed")
             return etag
 
-        return self._ask(swap)
+        return self._write("cannot replace the object", name, swap)
 
     def delete(self, name: str) -> None:
         self._ask(lambda _: self._store.delete(name))
 
     def close(self) -> None:
         self._store.close()
+
+    def _write(self, what: str, name: str, call: Callable[[int], T]) -> T:
+        def write(answers_lost: int) -> T:
+            try:
+                return call(answers_lost)
+            except (AlreadyExists, Precondition, Unreachable):
+                raise
+            except FarshoreError as exc:
+                if not answers_lost:
+                    raise
+                # Full, or refused: that is said of this try, and of what the one before did it says nothing.
+                raise Unreachable(what, where=name, why=f"no answer before, and now: {exc}") from exc
+
+        return self._ask(write)
 
     def _ask(self, call: Callable[[int], T]) -> T:
         first_s, longest_s = self._pause_s

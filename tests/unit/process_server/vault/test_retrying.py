@@ -62,6 +62,35 @@ def test_the_comparison_after_a_lost_answer_is_asked_again_without_another_creat
         assert [method for method, _ in faulty.calls] == ["put_new", "put_new", "get", "get", "get"]
 
 
+def test_a_refusal_after_a_lost_answer_is_no_proof_that_nothing_was_made() -> None:
+    faults = [Fault("put_new", "applied"), Fault("put_new", "full", hit=2)]
+    with FaultyStore(MemoryStore(), *faults) as faulty:
+        patient(faulty).put_new("x", b"abc")
+        assert faulty.get("x") == b"abc"
+    store = MemoryStore()
+    first = store.cas("root", b"1", None)
+    with FaultyStore(store, Fault("cas", "applied"), Fault("cas", "full", hit=2)) as faulty:
+        etag = patient(faulty).cas("root", b"2", first)
+    assert store.get_with_etag("root") == (b"2", etag)
+
+
+def test_a_refusal_for_good_after_a_lost_answer_leaves_the_outcome_unknown() -> None:
+    class Expired(MemoryStore):
+        """Creates once, does not say so, and then refuses the credentials."""
+
+        asked = 0
+
+        def put_new(self, name: str, body: Body) -> None:
+            self.asked += 1
+            if self.asked > 1:
+                raise ConfigError("the store refuses the credentials")
+            super().put_new(name, body)
+            raise Unreachable("lost", where=name)
+
+    with pytest.raises(Unreachable, match="the store refuses the credentials"):
+        RetryingStore(Expired(), total_s=0.1, pause_s=(0.01, 0.02)).put_new("x", b"abc")
+
+
 class Swapping(MemoryStore):
     """Another writer swaps right after each reading; the answer to the first swap is lost."""
 
