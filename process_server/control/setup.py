@@ -19,7 +19,7 @@ import msgspec
 from farshore import client, pki
 from farshore.clock import Clock, SystemClock
 from farshore.config import create_private, fsync_directory, write_private
-from farshore.errors import ConfigError, Conflict, Failed, FarshoreError
+from farshore.errors import ConfigError, Conflict, Failed, FarshoreError, Unreachable
 from farshore.failpoints import failpoint
 from farshore.ids import id_to_hex, new_id
 from process_server.config import (
@@ -55,6 +55,27 @@ class Made:
     machines: tuple[str, ...] = ()
 
 
+@dataclass(slots=True)
+class _Trial:
+    """One try to make a vault.
+
+    Attributes:
+        may_exist: There may be a vault that only the key in ``recovery_key_file`` opens: what undoes the rest
+            leaves the file then.
+    """
+
+    recovery_key_file: Path
+    may_exist: bool = False
+
+    def remove_key(self) -> None:
+        if not self.may_exist:
+            self.recovery_key_file.unlink(missing_ok=True)
+
+    def remove_directory(self, directory: Path) -> None:
+        if not self.may_exist or directory.absolute() not in self.recovery_key_file.absolute().parents:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
 def initialise(
     directory: Path,
     *,
@@ -73,20 +94,45 @@ def initialise(
         Conflict: There is a server in the directory, a vault at the address, or a file for the recovery key.
         ConfigError: The store cannot hold a vault.
         CapacityError, Failed: Something could not be written.
+        Unreachable: The store did not answer. If the vault may have been made, and could not be taken back,
+            the file with its recovery key stays, and the error says so.
     """
     url = vault or f"file://{quote(str(Layout(directory.absolute()).vault))}"
+    trial = _Trial(recovery_key_file)
+    try:
+        return _initialise(directory, url, trial, listen, api, clock or SystemClock())
+    except FarshoreError as error:
+        if not trial.may_exist:
+            raise
+        raise Unreachable(
+            "the vault may have been made",
+            where=url,
+            why=str(error),
+            fix=f"keep {recovery_key_file}: with it `farshore server adopt` takes over what is there; "
+            "if that finds no vault, remove it and begin again",
+        ) from error
+
+
+def _initialise(
+    directory: Path, url: str, trial: "_Trial", listen: str | None, api: str | None, clock: Clock
+) -> Made:
     with contextlib.ExitStack() as undo:
-        _prepare(directory, undo)
+        _prepare(directory, undo, trial)
         recovery = RecoveryKey.generate()
-        _create(recovery_key_file, f"{recovery.format()}\n".encode(), undo)
+        _create(trial.recovery_key_file, f"{recovery.format()}\n".encode(), undo, trial)
         slot = secrets.token_bytes(SLOT_KEY_BYTES)
         _create(Layout(directory).slot_key, slot, undo)
         store = _new_store(url, undo)
         probe(store)
-        keys = create_vault(store, recovery, slot)
-        undo.callback(_drop_vault, store)
+        try:
+            keys = create_vault(store, recovery, slot)
+        except Unreachable:
+            trial.may_exist = True
+            raise
+        trial.may_exist = True
+        undo.callback(_drop_vault, store, trial)
         failpoint("server.init.after_vault")
-        control = ControlStore(store, keys).update(_with_server(keys, clock or SystemClock()))
+        control = ControlStore(store, keys).update(_with_server(keys, clock))
         made = _write_settings(directory, url, keys, control, listen, api, undo)
         undo.pop_all()
         store.close()
@@ -159,7 +205,7 @@ def client_url(address: str) -> str:
     return f"https://{format_address(local, port)}"
 
 
-def _prepare(directory: Path, undo: contextlib.ExitStack) -> None:
+def _prepare(directory: Path, undo: contextlib.ExitStack, trial: _Trial | None = None) -> None:
     """Make the directory, private, and refuse one that has a server."""
     if os.path.lexists(Layout(directory).config):
         raise Conflict(
@@ -170,7 +216,10 @@ def _prepare(directory: Path, undo: contextlib.ExitStack) -> None:
     try:
         if not directory.exists():
             directory.mkdir(mode=0o700, parents=True)
-            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            if trial is not None:
+                undo.callback(trial.remove_directory, directory)
+            else:
+                undo.callback(shutil.rmtree, directory, ignore_errors=True)
             fsync_directory(directory.parent)
         elif not directory.is_dir():
             raise Conflict("not a directory", where=str(directory))
@@ -182,7 +231,7 @@ def _prepare(directory: Path, undo: contextlib.ExitStack) -> None:
         raise Failed("cannot make the directory", where=str(directory), why=error.strerror or "") from error
 
 
-def _create(path: Path, content: bytes, undo: contextlib.ExitStack) -> None:
+def _create(path: Path, content: bytes, undo: contextlib.ExitStack, trial: _Trial | None = None) -> None:
     try:
         create_private(path, content)
     except FileExistsError:
@@ -192,7 +241,10 @@ def _create(path: Path, content: bytes, undo: contextlib.ExitStack) -> None:
             why="it may be another vault's key",
             fix="name a file that does not exist",
         ) from None
-    undo.callback(path.unlink, missing_ok=True)
+    if trial is not None:
+        undo.callback(trial.remove_key)
+    else:
+        undo.callback(path.unlink, missing_ok=True)
 
 
 def _slot(directory: Path, undo: contextlib.ExitStack) -> bytes:
@@ -219,10 +271,11 @@ def _new_store(url: str, undo: contextlib.ExitStack) -> Store:
     return store
 
 
-def _drop_vault(store: Store) -> None:
+def _drop_vault(store: Store, trial: _Trial) -> None:
     # Ours and not yet told to anybody. The root first: without it there is no vault.
     with contextlib.suppress(FarshoreError):
         store.delete(ROOT)
+        trial.may_exist = False
         for prefix in ("keys/", "control/"):
             for name in list(store.list(prefix)):
                 store.delete(name)
