@@ -6,7 +6,7 @@ import pytest
 
 from farshore.errors import Conflict, NotFound, Unreachable
 from process_server.control import setup
-from process_server.recovery.access import read_recovery_key
+from process_server.recovery.access import read_opener
 from process_server.vault.keys import open_vault
 from process_server.vault.store.memory import MemoryStore
 from tests.fakes.store import Fault, FaultyStore
@@ -39,7 +39,7 @@ def test_a_vault_whose_making_was_not_answered_keeps_its_key_and_can_be_adopted(
     with pytest.raises(Unreachable, match=r"may have been made.*server adopt") as raised:
         setup.initialise(directory, recovery_key_file=key, vault=URL)
     assert str(key) in str(raised.value)
-    open_vault(store, read_recovery_key(key))
+    open_vault(store, read_opener(key))
     made = setup.adopt(directory, vault=URL, recovery_key_file=key)
     assert made.vault == URL
 
@@ -50,7 +50,7 @@ def test_a_vault_that_cannot_be_taken_back_keeps_its_key(
     store.plan(Fault("put_new", "refused", prefix="control/"), Fault("delete", "refused", prefix="root"))
     with pytest.raises(Unreachable, match="may have been made"):
         setup.initialise(directory, recovery_key_file=key, vault=URL)
-    open_vault(store, read_recovery_key(key))
+    open_vault(store, read_opener(key))
     assert setup.adopt(directory, vault=URL, recovery_key_file=key).vault == URL
 
 
@@ -70,4 +70,4 @@ def test_another_s_vault_is_no_reason_to_keep_a_key(store: FaultyStore, director
     with pytest.raises(Conflict):
         setup.initialise(other, recovery_key_file=other / "recovery.key", vault=URL)
     assert not other.exists()
-    open_vault(store, read_recovery_key(key))
+    open_vault(store, read_opener(key))
