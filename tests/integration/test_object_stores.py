@@ -1,6 +1,7 @@
 """Vaults in real object stores: who is let in, what is refused, and in which words."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,13 @@ def test_strays_are_not_objects_and_folders_are_none(peer: Peer) -> None:
     with pytest.raises(NotFound):
         store.get("a")
     assert set(store.list("a/b")) == {"a/b", "a/b/c"}
+
+
+@both
+def test_a_listing_of_several_pages_is_whole(peer: Peer) -> None:
+    url = peer.url()
+    names = [f"c/m/{number:020}" for number in range(1, 1101)]  # S3 gives a thousand at once
+    with ThreadPoolExecutor(8) as pool:
+        store = open_store(url)
+        list(pool.map(lambda name: store.put_new(name, b"1"), names))
+    assert sorted(open_store(url).list("c/m/")) == names
