@@ -149,11 +149,12 @@ def test_a_request_line_is_bounded(served: MetricsServer) -> None:
 
 
 def test_silent_clients_cannot_use_up_threads_and_a_place_is_given_back(served: MetricsServer) -> None:
+    before = threading.active_count()  # other tests of this process may have left some
     peers = [socket.create_connection(("127.0.0.1", served.port), timeout=10) for _ in range(20)]
     try:
         # The refused ones are closed at once; what is left are the places.
         assert sum(_is_closed(peer) for peer in peers) == len(peers) - telemetry.REQUESTS_AT_ONCE
-        assert threading.active_count() < 20
+        assert threading.active_count() <= before + telemetry.REQUESTS_AT_ONCE
     finally:
         for peer in peers:
             peer.close()
