@@ -59,6 +59,13 @@ class Opened:
     redone: int
     continuity: Continuity
 
+    def close(self) -> None:
+        """Let go of everything, as a kill would: nobody will serve it."""
+        if self.writer is not None:
+            self.writer.close()
+        for held in (self.mark_file, self.dirty, self.page, self.disk):
+            held.close()
+
 
 def open_writer(
     place: Place,

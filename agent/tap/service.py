@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,7 @@ from agent.tap.cutter import CutNumbers, plan_cut
 from agent.tap.lastrun import Place
 from agent.tap.opening import Opened, open_volume
 from agent.tap.volume import TICK_S, Volume
+from agent.tap.worker import Worker
 from agent.volumes import VolumeConfig, list_volumes, load_volume, nbd_uri, socket_path, state_page
 from farshore.clock import Clock
 from farshore.errors import Conflict, FarshoreError, NotFound
@@ -41,6 +42,8 @@ from farshore.units import KIB
 CONNECTIONS_MAX: Final = 32
 """NBD connections of one volume; each can pin a write of 32 MiB."""
 CONTROL_MAX: Final = 16
+OPENING_S: Final = 15.0
+"""A volume that is not open by then is not waited for any more; the agent gives a tap 30 s to answer."""
 BEAT_BUSY_S: Final = 0.004
 BEAT_IDLE_S: Final = 0.05
 NO_INCARNATION: Final = bytes(16)
@@ -57,6 +60,7 @@ class _Entry:
         self.connections: set[Connection] = set()
         self.problem = "it is being opened"
         self.opening = asyncio.Lock()
+        self.busy_since = 0.0
 
     def use(self, directory: Path, config: VolumeConfig) -> None:
         """Go by these settings. Looks at the mounts, once: `Tap.status` is asked between two writes."""
@@ -85,6 +89,7 @@ class Tap:
         self._tick: asyncio.TimerHandle | None = None
         self._beating = threading.Event()
         self._stopping = False
+        self._openings: set[asyncio.Future[None]] = set()
         self.stopped = asyncio.Event()
 
     async def start(self) -> None:
@@ -97,14 +102,22 @@ class Tap:
         self._numbers = await asyncio.to_thread(CutNumbers, path, self._clock)
         self._control = bind_unix(self._layout.tap_socket)
         self._control.setblocking(False)
-        for name in list_volumes(self._directory):
-            try:
-                await self.protect(name, None)
-            except FarshoreError as error:
-                self._log.error("volume_not_served", volume=name, error=str(error))
+        opening = [asyncio.ensure_future(self._open_at_start(name)) for name in list_volumes(self._directory)]
+        if opening:
+            # A disk or journal that hangs keeps only its own volume from being served.
+            _, late = await asyncio.wait(opening, timeout=OPENING_S)
+            self._openings.update(late)
+            for task in late:
+                task.add_done_callback(self._openings.discard)
         self._loop.add_reader(self._control.fileno(), self._accept_control)
         self._tick = self._loop.call_later(TICK_S, self._on_tick)
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    async def _open_at_start(self, name: str) -> None:
+        try:
+            await self.protect(name, None)
+        except FarshoreError as error:
+            self._log.error("volume_not_served", volume=name, error=str(error))
 
     def status(self) -> TapStatus:
         return TapStatus(
@@ -115,11 +128,12 @@ class Tap:
         """Serve a volume, as its ``volume.toml`` says; does nothing when it is served already.
 
         Raises:
-            NotFound, ConfigError, Conflict, Failed: As `open_volume` and `bind_unix`.
+            NotFound, ConfigError, Conflict, Failed: As `open_volume` and `bind_unix`; or it has been on its
+                way for `OPENING_S` and still is.
         """
         config = load_volume(self._directory, name)
         entry = self._entries.setdefault(name, _Entry(self._directory, config))
-        async with entry.opening:
+        async with self._turn(entry):
             if entry.volume is None:
                 entry.use(self._directory, config)
                 try:
@@ -129,6 +143,26 @@ class Tap:
                     raise
         return self._status(entry)
 
+    @contextlib.asynccontextmanager
+    async def _turn(self, entry: _Entry) -> AsyncIterator[None]:
+        """Hold the entry's lock. Raises Conflict when who opens the volume does not come back."""
+        begun = entry.busy_since if entry.opening.locked() else time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, begun + OPENING_S - time.monotonic())):
+                await entry.opening.acquire()
+        except TimeoutError as error:
+            raise Conflict(
+                "the volume is still being opened",
+                where=entry.config.name,
+                why="its disk or its journal does not answer",
+                fix="look at the kernel's log; it is served as soon as they do",
+            ) from error
+        entry.busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            entry.opening.release()
+
     async def _serve(self, entry: _Entry, held: int | None) -> None:
         config = entry.config
         for other in self._entries.values():
@@ -136,11 +170,21 @@ class Tap:
                 raise Conflict("the disk is protected already", where=config.disk, why=other.config.name)
         place = Place(self._layout.volume(config.name), entry.state_page, self._machine)
         listener = bind_unix(socket_path(self._directory, config))
+        # A thread of its own: it may hang for as long as the disk does.
+        worker = Worker(f"{config.name}-open")
         try:
-            opened = await asyncio.to_thread(open_volume, place, config, held, self._clock)
+            opened = await asyncio.wrap_future(
+                worker.submit(lambda: open_volume(place, config, held, self._clock))
+            )
         except BaseException:
             listener.close()
             raise
+        finally:
+            worker.stop()
+        if self._stopping:
+            listener.close()
+            opened.close()
+            raise Conflict("the tap is stopping", where=config.name)
 
         def relieved() -> None:
             for connection in list(entry.connections):
@@ -157,7 +201,7 @@ class Tap:
     async def unprotect(self, name: str) -> None:
         """Stop a volume in order and forget it. Its folder is the caller's to remove."""
         entry = self._entry(name)
-        async with entry.opening:
+        async with self._turn(entry):
             await self._stop_entry(entry)
             self._entries.pop(name, None)
             # Not left behind on the tmpfs; whoever still reads it sees the last state.

@@ -163,12 +163,7 @@ def _recovered_disk(mount: Path, page: Path) -> tuple[str, int]:
     place = Place(directory / "volumes" / VOLUME, page, id_from_hex(load(directory).machine_id))
     opened = opening.open_volume(place, config, None, SystemClock())
     last_lsn = opened.last_lsn
-    if opened.writer:
-        opened.writer.close()
-    opened.mark_file.close()
-    opened.dirty.close()
-    opened.page.close()
-    opened.disk.close()
+    opened.close()
     return opened.resync, last_lsn
 
 

@@ -19,6 +19,7 @@ import pytest
 from agent.capture import control
 from agent.capture.control import Status, TapStatus, VolumeStatus
 from agent.config import Layout
+from farshore.errors import FarshoreError
 from farshore.nbd.client import connect, parse_uri
 from farshore.site import Site, wait_for
 from farshore.stamps import Workload, check_prefix
@@ -52,8 +53,8 @@ MACHINE = "m1"
 
 
 @contextmanager
-def journal_on_device(root: Path, folder: Path) -> Iterator[HangingDevice]:
-    """An agent's directory on a file system of its own, whose device can hang."""
+def mounted_device(root: Path, folder: Path) -> Iterator[HangingDevice]:
+    """A folder on a file system of its own, whose device can hang: an agent's directory, or disk images."""
     folder.mkdir(parents=True)
     with hanging_device(root / "device", 1024 * MIB) as device:
         subprocess.run(["mkfs.ext4", "-q", device.path], check=True)
@@ -139,7 +140,7 @@ def test_a_journal_whose_device_hangs_costs_the_workload_no_more_than_agreed(
     with disk.open("wb") as file:
         file.truncate(32 * MIB)
     folder = tmp_path / "agent-m1"
-    with journal_on_device(tmp_path, folder) as device, running(tmp_path) as site:
+    with mounted_device(tmp_path, folder) as device, running(tmp_path) as site:
         site.enrol(MACHINE)
         site.start_agent(MACHINE)
         uri = site.protect(MACHINE, "v", disk)["uri"]
@@ -182,7 +183,7 @@ def test_who_prefers_to_wait_for_a_hung_journal_loses_nothing(tmp_path: Path, in
     ledger = tmp_path / "ledger"
     folder = tmp_path / "agent"
     log = tmp_path / "tap.log"
-    with journal_on_device(tmp_path, folder) as device, TapHost(folder, log=log) as host:
+    with mounted_device(tmp_path, folder) as device, TapHost(folder, log=log) as host:
         disk = tmp_path / "disk.img"
         with disk.open("wb") as file:
             file.truncate(32 * MIB)
@@ -310,3 +311,47 @@ def flooded(uri: str, offset: int, contents: list[bytes]) -> Iterator[Flood]:
     flood.thread.join(60)
     assert flood.error is None, flood.error
     assert flood.done, "a write was never answered"
+
+
+def test_a_disk_that_hangs_when_the_tap_starts_keeps_only_its_own_volume(
+    tmp_path: Path, injected: Injected
+) -> None:
+    """What a killed tap has to redo needs the disk, however long that takes; the others are served."""
+    content = [bytes([1 + at]) * 4096 for at in range(200)]
+    well_disk = tmp_path / "well.img"
+    with well_disk.open("wb") as file:
+        file.truncate(8 * MIB)
+    folder = tmp_path / "disks"
+    with mounted_device(tmp_path, folder) as device, running(tmp_path) as site:
+        hung_disk = folder / "hung.img"
+        hung_disk.write_bytes(bytes(8 * MIB))
+        site.enrol(MACHINE)
+        site.start_agent(MACHINE)
+        uri = site.protect(MACHINE, "hung", hung_disk)["uri"]
+        well_uri = site.protect(MACHINE, "well", well_disk)["uri"]
+
+        async def write(uri: str) -> None:
+            async with connect(*parse_uri(uri)) as client:
+                for at, block in enumerate(content):
+                    await client.write(at * 8192, block)
+                # No FLUSH: the journal has it, the disk need not.
+
+        asyncio.run(write(uri))
+        site.kill_agent(MACHINE)
+        with device.hung():
+            injected("F13")
+            site.start_agent(MACHINE)
+            wait_for(lambda: server_view(site, "well")["state"] == "protected", 60, "the disk that is well")
+            assert server_view(site, "hung")["state"] == "failed"
+            assert "still being opened" in site.cli("status")
+            asyncio.run(write(well_uri))
+            with pytest.raises(FarshoreError):  # nobody listens yet
+                asyncio.run(write(uri))
+        wait_for(lambda: server_view(site, "hung")["state"] == "protected", 60, "the disk that answers again")
+        asyncio.run(write(uri))
+        site.json("point", "create", MACHINE, "--tag", "whole", "--wait", "vaulted")
+        site.recover(MACHINE, "latest", tmp_path / "images", "--force")
+        for name, disk in (("hung", hung_disk), ("well", well_disk)):
+            image = (tmp_path / "images" / f"{name}.raw").read_bytes()
+            assert image == disk.read_bytes()
+            assert all(image[at * 8192 :][:4096] == block for at, block in enumerate(content))
