@@ -1,16 +1,19 @@
 """Which store an address means."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from farshore.errors import ConfigError
 from process_server.vault.store.address import parse_object_address
 from process_server.vault.store.file import FileStore
-from process_server.vault.store.metered import Meter, MeteredStore
 from process_server.vault.store.protocol import Store
 
+if TYPE_CHECKING:
+    from process_server.vault.store.metered import Meter
 
-def open_store(url: str, *, owner: bool = False, create: bool = False, meter: Meter | None = None) -> Store:
+
+def open_store(url: str, *, owner: bool = False, create: bool = False, meter: "Meter | None" = None) -> Store:
     """Return the store at ``url``: ``file:///directory``, ``s3://bucket/prefix`` or ``az://container/prefix``.
 
     A bucket is not asked anything yet; that it is there, and that we may use it, shows at the first request.
@@ -38,8 +41,13 @@ def open_store(url: str, *, owner: bool = False, create: bool = False, meter: Me
     return _metered(_open_directory(url, owner=owner, create=create), meter)
 
 
-def _metered(store: Store, meter: Meter | None) -> Store:
-    return MeteredStore(store, meter) if meter is not None else store
+def _metered(store: Store, meter: "Meter | None") -> Store:
+    if meter is None:
+        return store
+    # Imported when used: who recovers counts nothing.
+    from process_server.vault.store.metered import MeteredStore
+
+    return MeteredStore(store, meter)
 
 
 def _open_directory(url: str, *, owner: bool, create: bool) -> Store:
