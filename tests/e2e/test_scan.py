@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -18,6 +17,7 @@ import pytest
 from farshore.nbd.client import connect, parse_uri
 from farshore.site import Site, run, wait_for
 from farshore.units import MIB
+from tests.harness.sites import enrolled_site
 
 pytestmark = pytest.mark.timeout(240)
 SIZE = 40 * MIB
@@ -25,22 +25,10 @@ SIZE = 40 * MIB
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    site.init()
-    settings = site.server_dir / "server.toml"
     # Small steps, so that a pass is many of them.
-    small = "[ingest]\npoint_interval_s = 0.1\ncopy_connections = 1\ncredit_bytes = 8388608\n"
-    settings.write_text(settings.read_text().replace("[ingest]\n", "") + small)
-    site.start_server()
-    site.enrol("db1")
-    config = site.agent_dir("db1") / "agent.toml"
-    lines = [line for line in config.read_text().splitlines() if not line.startswith("metrics_port")]
-    config.write_text("\n".join([*lines, "metrics_port = 0", ""]))
-    yield site
-    site.close()
-    pid = site.tap_pid("db1")
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+    small = "point_interval_s = 0.1\ncopy_connections = 1\ncredit_bytes = 8388608\n"
+    with enrolled_site(tmp_path, small) as site:
+        yield site
 
 
 def disk_of(site: Site, name: str = "disk.img", size: int = SIZE) -> Path:

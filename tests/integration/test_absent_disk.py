@@ -13,6 +13,7 @@ import pytest
 from farshore.nbd.client import connect, parse_uri
 from farshore.site import Site, wait_for
 from farshore.units import KIB, MIB
+from tests.harness.sites import enrolled_site
 
 pytestmark = pytest.mark.timeout(240)
 SIZE = 8 * MIB
@@ -20,18 +21,8 @@ SIZE = 8 * MIB
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    site.init()
-    site.start_server()
-    site.enrol("db1")
-    config = site.agent_dir("db1") / "agent.toml"
-    lines = [line for line in config.read_text().splitlines() if not line.startswith("metrics_port")]
-    config.write_text("\n".join([*lines, "metrics_port = 0", ""]))
-    yield site
-    site.close()
-    pid = site.tap_pid("db1")
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+    with enrolled_site(tmp_path) as site:
+        yield site
 
 
 @pytest.fixture

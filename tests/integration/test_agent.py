@@ -18,6 +18,7 @@ from farshore.stamps import BLOCK_BYTES, Workload, check_prefix
 from farshore.units import MIB
 from farshore.workload import Ledger
 from tests.harness.faults import Injected
+from tests.harness.sites import enrolled_site
 
 pytestmark = pytest.mark.timeout(240)
 FAST = {"FARSHORE_LOG_LEVEL": "info"}
@@ -25,18 +26,8 @@ FAST = {"FARSHORE_LOG_LEVEL": "info"}
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    site.init()
-    site.start_server()
-    site.enrol("db1")
-    config = site.agent_dir("db1") / "agent.toml"
-    lines = [line for line in config.read_text().splitlines() if not line.startswith("metrics_port")]
-    config.write_text("\n".join([*lines, "metrics_port = 0", ""]))
-    yield site
-    site.close()
-    pid = site.tap_pid("db1")
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+    with enrolled_site(tmp_path) as site:
+        yield site
 
 
 class Writing:
